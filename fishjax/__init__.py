@@ -1,0 +1,28 @@
+"""fishjax: patch, vet, merge and compose models the way open-source software is built.
+
+The rooms, in the order in which they may import each other (a test holds it):
+
+    types, errors, tree -> leaves -> fisher -> masks -> patches -> checkpoint -> models -> data
+      -> train -> merge -> compose -> vet -> store -> mesh -> swarm -> cli
+
+Importing `fishjax` loads none of them, so that commands which only read files start without jax.
+"""
+
+import importlib
+from typing import TYPE_CHECKING
+
+__version__ = "0.1.0"
+__all__ = ["checkpoint", "errors", "fisher", "masks", "merge", "models", "patches", "train", "tree", "vet"]
+
+if TYPE_CHECKING:
+    from fishjax import checkpoint, errors, fisher, masks, merge, models, patches, train, tree, vet
+
+
+def __getattr__(name: str):
+    if name in __all__:
+        return importlib.import_module(f"fishjax.{name}")
+    raise AttributeError(f"module `fishjax` has no attribute `{name}`")
+
+
+def __dir__():
+    return sorted([*__all__, "__version__"])
