@@ -1,0 +1,9 @@
+"""Models as pure functions over a parameter tree that is the checkpoint file.
+
+`load` reads a folder in Hugging Face's layout. Names and layouts stay those of the file, so a patch
+made here applies to the folder that others use. One file a family, listed in `FAMILIES`.
+"""
+
+from fishjax.models._model import FAMILIES, Model, build, example_logits, example_loss, load, save
+
+__all__ = ["FAMILIES", "Model", "build", "example_logits", "example_loss", "load", "save"]

@@ -1,0 +1,201 @@
+"""What a model is here: pure functions over a parameter tree that is the checkpoint file."""
+
+import importlib
+import json
+import re
+from collections.abc import Callable, Collection
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from fishjax.errors import FileFormatError, StructureError, UsageError
+from fishjax.types import Array, Batch, Example, LogitsFn, LossFn, Params, TokenMask
+
+# A family is one file with `build(config, names) -> Model`: `config` is the content of config.json,
+# `names` the tensor names in the checkpoint (None when there is no checkpoint yet).
+FAMILIES: dict[str, str] = {}
+
+
+class Model(NamedTuple):
+    """A family's pure functions for one config; nothing here holds parameters.
+
+    Fields:
+      family: the `model_type` of config.json.
+      config: the content of config.json.
+      init: `init(key) -> params`, float32, named and laid out as in the checkpoint.
+      apply: `apply(params, batch) -> logits`: `[B, T, V]`, `[B, C]`, or hidden states of a bare encoder.
+      generate: `generate(params, batch, *, max_new_tokens, temperature=0., key=None) -> int32
+        [B, max_new_tokens]`; None where the model has no decoder.
+      labels: one example -> int `[T]` or `[]`: what the logits of this example are compared to;
+        None where `apply` does not return logits.
+      token_mask: one example -> bool `[T]`: which of the `labels` count; None for classifiers.
+      blocks: dotted names of the repeated parts, in the order in which they run.
+      embed: `embed(params, batch) -> carry`, needs the parameters outside of the blocks only.
+      block: `block(name, params of this block, carry) -> carry`.
+      head: `head(params, carry) -> logits`, needs the parameters outside of the blocks only.
+      ignored: regex of tensor names that are no parameters (stored buffers); they are not loaded.
+    """
+
+    family: str
+    config: dict[str, Any]
+    init: Callable[[Array], Params]
+    apply: Callable[[Params, Batch], Array]
+    generate: Callable[..., Array] | None = None
+    labels: Callable[[Example], Array] | None = None
+    token_mask: TokenMask | None = None
+    blocks: tuple[str, ...] = ()
+    embed: Callable[..., Any] | None = None
+    block: Callable[..., Any] | None = None
+    head: Callable[..., Any] | None = None
+    ignored: str | None = None
+
+
+def build(config: dict[str, Any], names: Collection[str] | None = None) -> Model:
+    """Return the model that a config.json describes.
+
+    Args:
+      config: the content of config.json; `model_type` picks the family.
+      names: tensor names in the checkpoint, where there is one: they tell heads, prefixes and ties.
+
+    Raises:
+      UsageError: an architecture that is not known here.
+    """
+    family = config.get("model_type")
+    if family not in FAMILIES:
+        known = ", ".join(f"`{f}`" for f in FAMILIES)
+        raise UsageError(f"`model_type` must be one of {known}; got `{family}`")
+    return importlib.import_module(FAMILIES[family]).build(config, names)
+
+
+def load(folder: str | Path, *, dtype: Any = None) -> tuple[Model, Params]:
+    """Read a model folder (config.json beside safetensors) into a model and its parameters.
+
+    Args:
+      folder: a local folder in Hugging Face's layout; nothing is looked up on a network.
+      dtype: cast the parameters to this floating dtype; None keeps each tensor's own.
+
+    Raises:
+      UsageError: no such folder, no config.json, or an unknown architecture.
+      FileFormatError: a malformed file.
+      StructureError: missing, extra or wrongly shaped tensors, each named.
+    """
+    import jax
+    import jax.numpy as jnp
+
+    from fishjax import checkpoint, tree
+
+    folder = Path(folder)
+    config = read_config(folder)
+    flat = tree.flatten(checkpoint.load_params(folder))
+    model = build(config, flat.keys())
+    if model.ignored:
+        flat = {n: x for n, x in flat.items() if not re.search(model.ignored, n)}
+    check_params(model, flat, folder)
+    cast = lambda x: jnp.asarray(x, x.dtype if dtype is None else dtype)
+    return model, jax.tree.map(cast, tree.nest(flat))
+
+
+def save(folder: str | Path, model: Model, params: Params) -> None:
+    """Write config.json and model.safetensors into a folder that `load` and transformers read.
+
+    Raises:
+      StructureError: parameters that do not fit the model; nothing is written.
+    """
+    from fishjax import checkpoint, tree
+
+    folder = Path(folder)
+    check_params(model, tree.flatten(params), "params")
+    folder.mkdir(parents=True, exist_ok=True)
+    checkpoint.save_params(folder / "model.safetensors", params)
+    part = folder / "config.json.partial"
+    part.write_text(json.dumps(model.config, indent=2, sort_keys=True) + "\n")
+    part.replace(folder / "config.json")
+
+
+def example_loss(model: Model) -> LossFn:
+    """Return the loss of ONE example in nats: -log p(labels | inputs), summed over its tokens.
+
+    A label of -100 does not count. Without `labels`, a causal language model predicts `input_ids`.
+
+    Raises:
+      UsageError: a model without a head that predicts labels.
+    """
+    import jax
+    import jax.numpy as jnp
+
+    logits_fn, labels_fn, mask_fn = example_logits(model), model.labels, model.token_mask
+    assert labels_fn is not None
+
+    def loss(params: Params, example: Example) -> Array:
+        logits = logits_fn(params, example)
+        log_p = jax.nn.log_softmax(logits.astype(jnp.promote_types(logits.dtype, jnp.float32)))
+        labels = labels_fn(example)
+        keep = jnp.full(labels.shape, True) if mask_fn is None else mask_fn(example)
+        picked = jnp.take_along_axis(log_p, jnp.where(keep, labels, 0)[..., None], axis=-1)[..., 0]
+        return -jnp.sum(jnp.where(keep, picked, 0))
+
+    return loss
+
+
+def example_logits(model: Model) -> LogitsFn:
+    """Return the logits of ONE example: `[C]`, or `[T, V]` of which `model.token_mask` counts some.
+
+    Raises:
+      UsageError: a model without a head that predicts labels.
+    """
+    import jax
+
+    if model.labels is None:
+        raise UsageError(
+            f"this `{model.family}` model has no head that predicts labels, so it has no loss and no logits; "
+            "load a checkpoint with a language-model or classification head"
+        )
+
+    def logits(params: Params, example: Example) -> Array:
+        return model.apply(params, jax.tree.map(lambda x: x[None], example))[0]
+
+    return logits
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """Return the content of a folder's config.json."""
+    path = folder / "config.json"
+    if not folder.is_dir():
+        raise UsageError(
+            f"`{folder}` is not a folder; a model is loaded from a local folder with a config.json"
+        )
+    if not path.is_file():
+        raise UsageError(f"`{folder}` has no config.json, so its architecture is not known")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise FileFormatError(f"`{path}` is not JSON: {error}") from None
+    if not isinstance(config, dict):
+        raise FileFormatError(f"`{path}` must hold a JSON object; got {type(config).__name__}")
+    return config
+
+
+def check_params(model: Model, flat: dict[str, Any], where: Any) -> None:
+    """Raise unless tensors have exactly the names and shapes of the model's parameters."""
+    import jax
+
+    from fishjax import tree
+
+    wanted = tree.flatten(jax.eval_shape(model.init, jax.random.key(0)))
+    missing, extra = sorted(wanted.keys() - flat.keys()), sorted(flat.keys() - wanted.keys())
+    wrong = [
+        f"`{n}` {list(flat[n].shape)} where {list(x.shape)} is wanted"
+        for n, x in wanted.items()
+        if n in flat and tuple(flat[n].shape) != tuple(x.shape)
+    ]
+    faults = {
+        "missing": [f"`{n}`" for n in missing],
+        "not of this model": [f"`{n}`" for n in extra],
+        "wrong shape": wrong,
+    }
+    if any(faults.values()):
+        text = "; ".join(
+            f"{kind}: {', '.join(some[:4])}" + (f" and {len(some) - 4} more" if len(some) > 4 else "")
+            for kind, some in faults.items()
+            if some
+        )
+        raise StructureError(f"`{where}` does not fit `{model.family}` as config.json describes it; {text}")
