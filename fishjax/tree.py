@@ -170,6 +170,18 @@ def is_inexact(leaf: Any) -> bool:
     return jnp.issubdtype(jnp.result_type(leaf), jnp.inexact)
 
 
+def wide_dtype(dtype: Any) -> Any:
+    """Return max(float32, dtype), in which sums are accumulated and small changes kept.
+
+    >>> import ml_dtypes
+    >>> wide_dtype(ml_dtypes.bfloat16), wide_dtype("float64")
+    (dtype('float32'), dtype('float64'))
+    """
+    import numpy as np
+
+    return np.result_type(dtype, np.float32)
+
+
 def check_names(a: Any, b: Any, what: tuple[str, str]) -> None:
     """Raise unless two trees (or mappings by name) have the same leaf names; both sides are shown."""
     left, right = set(flatten(a)), set(flatten(b))

@@ -1,0 +1,34 @@
+"""Patches: small pytrees that say how a model changes, and `apply`, which is their meaning.
+
+A patch is a dict from a leaf's name to a kind: `Dense`, `Sparse`, `LowRank` or `Scale`. What is trained
+is its inexact leaves, nothing else (`partition` splits them off).
+"""
+
+from fishjax.patches._apply import apply, check, combine, compose, num_parameters, partition, touched
+from fishjax.patches._dense import Dense, init_dense
+from fishjax.patches._diff import diff
+from fishjax.patches._ia3 import Scale, init_ia3
+from fishjax.patches._lora import LowRank, init_lora
+from fishjax.patches._sparse import Sparse, init_sparse
+
+KINDS = {"dense": Dense, "sparse": Sparse, "low_rank": LowRank, "scale": Scale}
+
+__all__ = [
+    "KINDS",
+    "Dense",
+    "LowRank",
+    "Scale",
+    "Sparse",
+    "apply",
+    "check",
+    "combine",
+    "compose",
+    "diff",
+    "init_dense",
+    "init_ia3",
+    "init_lora",
+    "init_sparse",
+    "num_parameters",
+    "partition",
+    "touched",
+]

@@ -1,0 +1,81 @@
+"""Sparse: new values at few entries of a leaf, the kind that a FISH mask trains (arXiv 2111.09839)."""
+
+import dataclasses
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fishjax import tree
+from fishjax.errors import StructureError, UsageError
+from fishjax.types import Array, Mask, Params
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Sparse:
+    """New values (not differences: in bfloat16 1 + 0.001 is 1) at flat positions of a leaf."""
+
+    indices: Array  # int32 [N], strictly increasing positions in C order
+    values: Array  # [N], the new entries; kept in float32 while a bfloat16 leaf is trained
+
+    def problem(self, name: str, leaves: Mapping[str, Array]) -> str | None:
+        """Return why this does not fit the leaf, or None; contents only when they are concrete."""
+        size = leaves[name].size
+        if self.indices.ndim != 1 or self.indices.shape != self.values.shape:
+            return (
+                f"{tree.describe(self.indices)} indices and {tree.describe(self.values)} values do not pair"
+            )
+        if isinstance(self.indices, jax.core.Tracer) or self.indices.size == 0:
+            return None
+        indices = np.asarray(self.indices).astype(np.int64)
+        if (np.diff(indices) <= 0).any():
+            return "its indices are not strictly increasing"
+        if indices[0] < 0 or indices[-1] >= size:
+            return f"its indices reach from {indices[0]} to {indices[-1]}, the leaf has {size} entries"
+        return None
+
+    def fold(self, name: str, leaves: Mapping[str, Array]) -> dict[str, Array]:
+        """Return the leaves that change, by name."""
+        weight = jnp.asarray(leaves[name])
+        new = (
+            weight.reshape(-1)
+            .at[self.indices]
+            .set(self.values.astype(weight.dtype), mode="drop", indices_are_sorted=True, unique_indices=True)
+        )
+        return {name: new.reshape(weight.shape)}
+
+
+def init_sparse(params: Params, mask: Mask) -> dict[str, Sparse]:
+    """Start a patch that trains the entries that a mask keeps; at the start it changes nothing.
+
+    Args:
+      params: the base, leaves `[*p]`.
+      mask: bool `[*p]` for every leaf, concrete.
+
+    Raises:
+      StructureError: the mask has other leaves, or is not of bools.
+
+    >>> params = {"w": jnp.array([[1.0, 2.0], [3.0, 4.0]])}
+    >>> init_sparse(params, {"w": jnp.array([[False, True], [False, False]])})["w"].indices
+    Array([1], dtype=int32)
+    """
+    tree.check_same(params, mask, ("params", "mask"), dtypes=False)
+    masks = tree.flatten(mask)
+    patch = {}
+    for name, weight in tree.flatten(params).items():
+        kept = np.asarray(masks[name])
+        if kept.dtype != bool:
+            raise StructureError(f"a mask must be of bools; `{name}` is {kept.dtype}")
+        where = np.flatnonzero(kept)
+        if where.size and not tree.is_inexact(weight):
+            raise StructureError(f"only floating-point leaves can be trained; `{name}` is {weight.dtype}")
+        if where.size and weight.size > np.iinfo(np.int32).max:
+            raise StructureError(f"`{name}` has {weight.size} entries; sparse patches hold at most 2^31 - 1")
+        if where.size:
+            indices = jnp.asarray(where.astype(np.int32))
+            patch[name] = Sparse(indices, jnp.asarray(weight).reshape(-1)[indices])
+    if not patch:
+        raise UsageError("`mask` keeps no entry; a patch must train something")
+    return patch
