@@ -1,0 +1,43 @@
+"""Averaging: the isotropic merge of the literature on Fisher merging, the uniform soup of others."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from fishjax.merge._rule import Block, Rule, add_up, check_weights, times
+from fishjax.merge._trees import Keep, merge_trees
+from fishjax.types import Array, Params
+
+
+def average(models: Sequence[Params], *, weights: Any = None, keep: Keep | None = None) -> Params:
+    """Return the weighted mean of models, sum w theta / sum w.
+
+    Args:
+      models: trees with the same names, shapes and dtypes; integer leaves must be equal.
+      weights: one finite number a model, in any unit: they are divided by their sum. Default: equal.
+      keep: ordered `(regex of a leaf's name, i)`: such leaves are taken whole from model i, as they
+        are there (absent, if they are absent there); i None: merged. A head that only one model
+        has, or whose shapes differ, needs such a rule.
+
+    Raises:
+      StructureError: models differ in names, shapes, dtypes or integer leaves.
+      UsageError: weights of wrong number, not finite or of sum zero; a rule that matches nothing.
+
+    >>> import numpy as np
+    >>> float(average([{"w": np.float32(1)}, {"w": np.float32(4)}], weights=[2, 1])["w"])
+    2.0
+
+    References: Wortsman et al., "Model soups", arXiv 2203.05482, recipe 1; Matena and Raffel,
+    arXiv 2111.09832, section 2.2 (isotropic merging).
+    """
+    return merge_trees(AVERAGE, models, keep=keep, weights=check_weights(weights, len(models)))
+
+
+def _leaf(block: Block, *, weights: Sequence[Any]) -> Array:
+    if all(isinstance(w, float) and w == weights[0] for w in weights):
+        weights = [1.0] * len(weights)  # equal weights cancel, and then only the sum is rounded
+    total = add_up([times(w, x) for w, x in zip(weights, block.models, strict=True)])
+    mass = add_up(weights)
+    return total / (mass if isinstance(mass, float) else mass.astype(total.dtype))
+
+
+AVERAGE = Rule(_leaf)
