@@ -1,0 +1,114 @@
+"""Writes that happen wholly or not at all: temporary beside, fsync, rename, fsync of the folder."""
+
+import contextlib
+import os
+import secrets
+import shutil
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+
+from fishjax.errors import UsageError
+
+
+@contextlib.contextmanager
+def atomic_file(path: str | os.PathLike) -> Iterator[int]:
+    """Give a file descriptor to write to; on leaving, the whole file appears under `path`.
+
+    On any error the temporary is removed and whatever `path` held stays as it was. An existing
+    file's mode bits are kept; an existing symbolic link is replaced, not written through.
+
+    Raises:
+      UsageError: `path` is a folder, device, pipe or socket.
+      OSError: the file system refuses, for instance because it is full.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     with atomic_file(folder + "/a") as fd:
+    ...         write_all(fd, b"whole")
+    ...     Path(folder, "a").read_bytes()
+    b'whole'
+    """
+    path = Path(path)
+    mode = None
+    with contextlib.suppress(FileNotFoundError):
+        found = os.lstat(path)
+        if not (stat.S_ISREG(found.st_mode) or stat.S_ISLNK(found.st_mode)):
+            raise UsageError(f"`{path}` exists and is no regular file; give the name of a file to write")
+        mode = stat.S_IMODE(found.st_mode) if stat.S_ISREG(found.st_mode) else None
+    temp = path.with_name(f".{path.name[:64]}.{secrets.token_hex(8)}.tmp")
+    flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | getattr(os, "O_NOFOLLOW", 0)
+    fd = os.open(temp, flags, 0o666)
+    try:
+        try:
+            yield fd
+            if mode is not None:
+                os.fchmod(fd, mode)
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+        os.replace(temp, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(temp)
+        raise
+    sync_folder(path.parent)
+
+
+@contextlib.contextmanager
+def atomic_folder(path: str | os.PathLike) -> Iterator[Path]:
+    """Give an empty temporary folder to fill; on leaving it is renamed to `path`.
+
+    Raises:
+      UsageError: `path` exists and is not an empty folder.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as top:
+    ...     with atomic_folder(top + "/out") as folder:
+    ...         _ = (folder / "a").write_text("b")
+    ...     sorted(os.listdir(top))
+    ['out']
+    """
+    path = Path(path)
+    refuse_existing(path)
+    temp = path.with_name(f".{path.name[:64]}.{secrets.token_hex(8)}.tmp")
+    os.mkdir(temp)
+    try:
+        yield temp
+        for folder, _, _ in os.walk(temp, topdown=False):
+            sync_folder(folder)
+        os.replace(temp, path)
+    except BaseException:
+        shutil.rmtree(temp, ignore_errors=True)
+        raise
+    sync_folder(path.parent)
+
+
+def refuse_existing(path: str | os.PathLike) -> None:
+    """Raise unless nothing is at `path`, or an empty folder.
+
+    Raises:
+      UsageError: something would be overwritten.
+    """
+    path = Path(path)
+    if path.is_dir() and not path.is_symlink():
+        if any(path.iterdir()):
+            raise UsageError(f"`{path}` exists and is not empty; give a new name or an empty folder")
+    elif os.path.lexists(path):
+        raise UsageError(f"`{path}` exists already; give a new name or remove it first")
+
+
+def write_all(fd: int, data: bytes | memoryview) -> None:
+    """Write all of `data`, however little the system takes at a time."""
+    view = memoryview(data)
+    while view:
+        view = view[os.write(fd, view) :]
+
+
+def sync_folder(path: str | os.PathLike) -> None:
+    """Make the names in a folder durable."""
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)

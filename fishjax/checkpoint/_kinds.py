@@ -1,0 +1,146 @@
+"""What each kind of patch means on the host: the numpy twin of `patches`, for files, without jax.
+
+Dense, sparse and scale give the same bits as `patches.apply`; a low-rank product depends on the
+machine, so its result has no digest. A kind without a twin here goes through its own `fold`.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from fishjax.checkpoint._safetensors import Spec
+from fishjax.tree import wide_dtype
+
+
+class Change(NamedTuple):
+    """One entry of a patch as it is in a file: a kind's name, its arrays and its static fields."""
+
+    kind: str
+    arrays: dict[str, np.ndarray]
+    static: dict[str, Any]
+
+
+EXACT = ("dense", "sparse", "scale")  # the result has a digest
+
+
+def touched(name: str, change: Change) -> list[str]:
+    """Return the names of the leaves that an entry changes: its own, and those tied to it."""
+    return [name, *(str(other) for other, _ in change.static.get("tied", ()))]
+
+
+def problem(name: str, change: Change, specs: Mapping[str, Spec]) -> str | None:
+    """Return why an entry does not fit the leaves it is for, or None.
+
+    Args:
+      specs: dtype and shape of at least the leaves that it touches.
+    """
+    check: dict[str, Callable[..., str | None]] = {
+        "dense": _check_dense,
+        "sparse": _check_sparse,
+        "low_rank": _check_low_rank,
+        "scale": _check_scale,
+    }
+    if change.kind not in check:
+        return None
+    try:
+        return check[change.kind](name, specs, **change.arrays, **change.static)
+    except TypeError as error:
+        return f"its fields are not those of kind `{change.kind}`: {error}"
+
+
+def fold(name: str, change: Change, target: str, weight: np.ndarray) -> np.ndarray:
+    """Return the new value of the leaf `target`, one of those that the entry touches.
+
+    >>> change = Change("sparse", {"indices": np.array([1]), "values": np.array([9.0])}, {})
+    >>> fold("w", change, "w", np.array([1.0, 2.0]))
+    array([1., 9.])
+    """
+    twins: dict[str, Callable[..., np.ndarray]] = {
+        "dense": _fold_dense,
+        "sparse": _fold_sparse,
+        "low_rank": _fold_low_rank,
+        "scale": _fold_scale,
+    }
+    if change.kind in twins:
+        return twins[change.kind](weight, name=name, target=target, **change.arrays, **change.static)
+    from fishjax.patches import KINDS
+
+    kind = KINDS[change.kind](**change.arrays, **change.static)
+    return np.asarray(kind.fold(name, {target: weight})[target])
+
+
+def _check_dense(name: str, specs: Mapping[str, Spec], values: np.ndarray) -> str | None:
+    if values.shape != specs[name].shape:
+        return f"its values have shape {list(values.shape)}, the leaf {list(specs[name].shape)}"
+    return None
+
+
+def _check_sparse(name, specs: Mapping[str, Spec], indices: np.ndarray, values: np.ndarray) -> str | None:
+    size = math.prod(specs[name].shape)
+    if indices.ndim != 1 or indices.shape != values.shape:
+        return f"{list(indices.shape)} indices and {list(values.shape)} values do not pair"
+    if indices.dtype.kind not in "iu":
+        return f"its indices are {indices.dtype}, wanted integers"
+    if indices.size and int(indices.max()) >= 1 << 63:
+        return f"its indices reach {indices.max()}, the leaf has {size} entries"
+    where = indices.astype(np.int64)
+    if (np.diff(where) <= 0).any():
+        return "its indices are not strictly increasing"
+    if where.size and (where[0] < 0 or where[-1] >= size):
+        return f"its indices reach from {where[0]} to {where[-1]}, the leaf has {size} entries"
+    return None
+
+
+def _check_low_rank(
+    name, specs: Mapping[str, Spec], a: np.ndarray, b: np.ndarray, scale: float = 1.0
+) -> str | None:
+    shape = specs[name].shape
+    fits = a.ndim == b.ndim == len(shape) + 1 and a.shape[-1] == b.shape[-1]
+    if not fits or not all({x, y} == {1, n} for x, y, n in zip(a.shape, b.shape, shape)):
+        return f"factors {list(a.shape)} and {list(b.shape)} do not span the leaf's shape {list(shape)}"
+    return None if type(scale) in (int, float) and math.isfinite(scale) else f"its scale is {scale}"
+
+
+def _check_scale(name, specs: Mapping[str, Spec], vector: np.ndarray, tied=()) -> str | None:
+    for other, shape in ((name, vector.shape), *tied):
+        if other not in specs:
+            return f"the tied leaf `{other}` is not there"
+        if len(shape) != len(specs[other].shape) or any(
+            m not in (1, n) for m, n in zip(shape, specs[other].shape)
+        ):
+            return f"a vector {list(shape)} does not broadcast to `{other}` {list(specs[other].shape)}"
+        if math.prod(shape) != vector.size:
+            return f"a vector of {vector.size} entries cannot be shaped {list(shape)} for `{other}`"
+    return None
+
+
+def _fold_dense(weight: np.ndarray, *, values: np.ndarray, **_) -> np.ndarray:
+    return values.astype(weight.dtype, copy=False)
+
+
+def _fold_sparse(weight: np.ndarray, *, indices: np.ndarray, values: np.ndarray, **_) -> np.ndarray:
+    new = np.array(weight, order="C")
+    new.reshape(-1)[indices.astype(np.int64)] = values.astype(weight.dtype)
+    return new
+
+
+def _fold_low_rank(
+    weight: np.ndarray, *, a: np.ndarray, b: np.ndarray, scale: float = 1.0, **_
+) -> np.ndarray:
+    """Sum the products one after another, entry by entry, so that the result is the same everywhere."""
+    wide = wide_dtype(np.result_type(wide_dtype(a.dtype), wide_dtype(b.dtype), weight.dtype))
+    delta = np.zeros(weight.shape, wide)
+    for i in range(a.shape[-1]):
+        delta += a[..., i].astype(wide) * b[..., i].astype(wide)
+    delta *= wide.type(scale)
+    delta += weight.astype(wide)
+    return delta.astype(weight.dtype)
+
+
+def _fold_scale(weight: np.ndarray, *, vector: np.ndarray, name: str, target: str, tied=()) -> np.ndarray:
+    """One multiply in float32 (float64 for a float64 leaf) and one rounding."""
+    shape = vector.shape if target == name else dict(tied)[target]
+    wide = wide_dtype(weight.dtype)
+    return (weight.astype(wide) * vector.reshape(shape).astype(wide)).astype(weight.dtype)
