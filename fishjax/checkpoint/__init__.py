@@ -4,18 +4,31 @@ Everything here is strict (one header parser in front of every read, no unpickle
 (whole files or nothing) and free of jax, but for Orbax folders and the kinds that `load_patch` makes.
 """
 
+from fishjax.checkpoint._apply import apply_file
+from fishjax.checkpoint._diff import diff_files
 from fishjax.checkpoint._digest import digest
+from fishjax.checkpoint._fisher import load_fisher, save_fisher
+from fishjax.checkpoint._inspect import fsck, inspect
+from fishjax.checkpoint._mask import load_mask, save_mask
 from fishjax.checkpoint._params import ParamFiles, load_params, open_params, save_params
 from fishjax.checkpoint._patch import PatchFile, load_patch, read_patch, save_patch
 
 __all__ = [
     "ParamFiles",
     "PatchFile",
+    "apply_file",
+    "diff_files",
     "digest",
+    "fsck",
+    "inspect",
+    "load_fisher",
+    "load_mask",
     "load_params",
     "load_patch",
     "open_params",
     "read_patch",
+    "save_fisher",
+    "save_mask",
     "save_params",
     "save_patch",
 ]

@@ -52,7 +52,7 @@ def atomic_file(path: str | os.PathLike) -> Iterator[int]:
         with contextlib.suppress(OSError):
             os.unlink(temp)
         raise
-    sync_folder(path.parent)
+    sync(path.parent)
 
 
 @contextlib.contextmanager
@@ -76,12 +76,12 @@ def atomic_folder(path: str | os.PathLike) -> Iterator[Path]:
     try:
         yield temp
         for folder, _, _ in os.walk(temp, topdown=False):
-            sync_folder(folder)
+            sync(folder)
         os.replace(temp, path)
     except BaseException:
         shutil.rmtree(temp, ignore_errors=True)
         raise
-    sync_folder(path.parent)
+    sync(path.parent)
 
 
 def refuse_existing(path: str | os.PathLike) -> None:
@@ -105,8 +105,8 @@ def write_all(fd: int, data: bytes | memoryview) -> None:
         view = view[os.write(fd, view) :]
 
 
-def sync_folder(path: str | os.PathLike) -> None:
-    """Make the names in a folder durable."""
+def sync(path: str | os.PathLike) -> None:
+    """Make a file's bytes, or the names in a folder, durable."""
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         os.fsync(fd)

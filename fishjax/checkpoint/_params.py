@@ -22,7 +22,7 @@ SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 SHARD_BYTES = 5_000_000_000
 _ORBAX_MARKS = ("_METADATA", "_CHECKPOINT_METADATA", "manifest.ocdbt")
-_REFUSED = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".msgpack", ".h5", ".npz", ".npy", ".gguf")
+REFUSED = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".msgpack", ".h5", ".npz", ".npy", ".gguf")
 _MAX_INDEX = 64 << 20
 
 
@@ -251,7 +251,7 @@ def _read_index(path: Path) -> dict[str, str]:
 
 
 def _refuse_suffix(path: Path) -> None:
-    if path.suffix in _REFUSED and path.exists():
+    if path.suffix in REFUSED and path.exists():
         raise FileFormatError(
             f"`{path}` is not a safetensors file; what can run code or cannot be checked is not read. "
             "Convert it to safetensors where you trust it"

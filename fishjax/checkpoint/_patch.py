@@ -18,6 +18,7 @@ from fishjax.checkpoint._digest import flat_leaves, leaf_digest, leaf_specs, roo
 from fishjax.checkpoint._dtypes import DTYPES, NAMES, Spec, host
 from fishjax.checkpoint._kinds import Change
 from fishjax.checkpoint._manifest import read_sealed, take, take_shape, write_sealed
+from fishjax.checkpoint._safetensors import release
 from fishjax.errors import FileFormatError, StructureError, UsageError
 from fishjax.types import Digest, Params, Patch
 
@@ -117,6 +118,7 @@ def write_patch(
         for field, array in change.arrays.items():
             if not _finite(array):
                 raise StructureError(f"`{name}::{field}` holds NaN or infinity; a patch must be finite")
+            release(array)
             if field == "indices":
                 entries[name]["indices"], array = _code(array, math.prod(specs[name].shape))
             tensors[f"{name}::{field}"] = array

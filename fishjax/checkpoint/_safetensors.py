@@ -223,6 +223,7 @@ def write_file(
                 for data in byte_chunks(piece):
                     put(data)
                 got += piece.nbytes
+                release(piece)
             if got != num_bytes(*spec):
                 raise StructureError(
                     f"`{name}` was announced with shape {list(spec.shape)} and came as {got} bytes"
@@ -232,6 +233,12 @@ def write_file(
         os.lseek(fd, 8 + text.index(_SEAL_KEY) + len(_SEAL_KEY), os.SEEK_SET)
         write_all(fd, whole.hexdigest().encode())
     return f"sha256:{whole.hexdigest()}"
+
+
+def release(array: np.ndarray) -> None:
+    """Let go of a mapped array's pages; they are read again if they are needed again."""
+    if isinstance(array.base, mmap.mmap):
+        array.base.madvise(mmap.MADV_DONTNEED)
 
 
 def bad_name(name: str) -> str | None:
