@@ -97,13 +97,6 @@ def _check(path: Path) -> Finding:
     return Finding(str(path), kind, None)
 
 
-_LOADERS:
-                _LOADERS[kind](path)
-    except (FishjaxError, OSError) as error:
-        return Finding(str(path), kind, str(error))
-    return Finding(str(path), kind, None)
-
-
 _LOADERS: dict[str, Callable[[Any], Any]] = {"patch": read_patch, "fisher": load_fisher, "mask": load_mask}
 
 
