@@ -12,7 +12,18 @@ from fishjax.types import Array, Batch, Example, LogitsFn, LossFn, Params, Token
 
 # A family is one file with `build(config, names) -> Model`: `config` is the content of config.json,
 # `names` the tensor names in the checkpoint (None when there is no checkpoint yet).
-FAMILIES: dict[str, str] = {}
+FAMILIES: dict[str, str] = {
+    "t5": "fishjax.models._t5",
+    "bert": "fishjax.models._bert",
+    "roberta": "fishjax.models._bert",
+    "bloom": "fishjax.models._bloom",
+    "llama": "fishjax.models._llama",
+    "mistral": "fishjax.models._llama",
+    "qwen2": "fishjax.models._llama",
+    "qwen3": "fishjax.models._llama",
+    "gemma2": "fishjax.models._llama",
+    "gpt2": "fishjax.models._gpt2",
+}
 
 
 class Model(NamedTuple):
@@ -154,6 +165,13 @@ def example_logits(model: Model) -> LogitsFn:
         return model.apply(params, jax.tree.map(lambda x: x[None], example))[0]
 
     return logits
+
+
+def subtree(params: Params, name: str) -> Params:
+    """Return the part of a nested dict below a dotted name."""
+    for part in name.split("."):
+        params = params[part]
+    return params
 
 
 def read_config(folder: Path) -> dict[str, Any]:
