@@ -191,7 +191,7 @@ def test_models_that_differ_are_refused(change, wrong):
         ([1, 2], "got 2"),
         ([1, 2, float("nan")], "finite"),
         ([1, float("inf"), 1], "finite"),
-        ([1, -2, 1], "sum to zero"),
+        ([0, 0, 0], "sum to zero"),
         (1.0, "got 1"),
     ],
 )
@@ -204,19 +204,17 @@ def test_wrong_weights_are_refused(weights, wrong):
 def test_wrong_fishers_are_refused():
     bad = jax.tree.map(np.copy, FISHERS[1])
     bad["body"]["bias"][3] = -1e-9
-    with pytest.raises(errors.UsageError, match=r"Fisher of model 1 .*`body\.bias`"):
+    with pytest.raises(errors.UsageError, match=r"`fishers` \(number 1\).*`body\.bias`"):
         merge.fisher(MODELS, fishers=[FISHERS[0], bad, FISHERS[2]])
     bad["body"]["bias"][3] = np.nan
-    with pytest.raises(errors.UsageError, match=r"Fisher of model 1"):
+    with pytest.raises(errors.UsageError, match=r"`fishers` \(number 1\)"):
         merge.fisher(MODELS, fishers=[FISHERS[0], bad, FISHERS[2]])
     none = jax.tree.map(np.zeros_like, FISHERS[0])
     with pytest.raises(errors.UsageError, match="zero everywhere"):
         merge.fisher(MODELS, fishers=[none, *FISHERS[1:]], normalize=True)
     with pytest.raises(errors.UsageError, match="got 2"):
         merge.fisher(MODELS, fishers=FISHERS[:2])
-    with pytest.raises(
-        errors.StructureError, match=r"Fisher of model 0.*`body\.bias`|`body\.bias`.*Fisher of model 0"
-    ):
+    with pytest.raises(errors.StructureError, match=r"`fishers` of model 0.*`body\.bias`"):
         merge.fisher(MODELS, fishers=[{"norm": FISHERS[0]["norm"]}, *FISHERS[1:]])
     for options in ({"weights": [1, -1, 2]}, {"floor": -1.0}, {"floor": float("nan")}, {"favor": 3}):
         with pytest.raises(errors.UsageError, match="must be"):

@@ -4,8 +4,40 @@ The same rules run on trees (eager, under `jit`, sharded).
 """
 
 from fishjax.merge._average import AVERAGE, average
+from fishjax.merge._breadcrumbs import BREADCRUMBS, breadcrumbs
+from fishjax.merge._dare import DARE, dare
 from fishjax.merge._fisher import FISHER, fisher
+from fishjax.merge._gradient_matching import GRADIENT_MATCHING, gradient_matching
+from fishjax.merge._model_stock import MODEL_STOCK, model_stock
+from fishjax.merge._slerp import NUSLERP, SLERP, nuslerp, slerp
+from fishjax.merge._task import TASK_ARITHMETIC, WISE_FT, task_arithmetic, wise_ft
+from fishjax.merge._ties import TIES, ties
 
-METHODS = {"average": AVERAGE, "fisher": FISHER}
+METHODS = {
+    "average": AVERAGE,
+    "breadcrumbs": BREADCRUMBS,
+    "dare": DARE,
+    "fisher": FISHER,
+    "gradient_matching": GRADIENT_MATCHING,
+    "model_stock": MODEL_STOCK,
+    "nuslerp": NUSLERP,
+    "slerp": SLERP,
+    "task_arithmetic": TASK_ARITHMETIC,
+    "ties": TIES,
+    "wise_ft": WISE_FT,
+}
 
-__all__ = ["METHODS", "average", "fisher"]
+__all__ = [
+    "METHODS",
+    "average",
+    "breadcrumbs",
+    "dare",
+    "fisher",
+    "gradient_matching",
+    "model_stock",
+    "nuslerp",
+    "slerp",
+    "task_arithmetic",
+    "ties",
+    "wise_ft",
+]

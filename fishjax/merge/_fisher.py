@@ -4,12 +4,9 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
-
-from fishjax import tree
 from fishjax.errors import UsageError
-from fishjax.merge._rule import Block, Rule, add_up, check_weights, is_traced, times
-from fishjax.merge._trees import Keep, kept_leaves, merge_trees
+from fishjax.merge._rule import Block, Options, Rule, check_weights, number, times
+from fishjax.merge._trees import Keep, merge_trees
 from fishjax.types import Array, Fisher, Params
 
 
@@ -50,78 +47,31 @@ def fisher(
     References: Matena and Raffel, "Merging Models with Fisher-Weighted Averaging", arXiv
     2111.09832, equation 4 (weights, floor and normalisation: section 3).
     """
-    n = len(models)
-    if len(fishers) != n:
-        raise UsageError(f"`fishers` must hold one Fisher for each of the {n} models; got {len(fishers)}")
-    weights = check_fisher_options(weights, n, floor=floor, favor=favor)
-    flats = [tree.flatten(f) for f in fishers]
-    kept = kept_leaves([tree.flatten(m) for m in models], keep)
-    merged = [{name: x for name, x in flat.items() if name not in kept} for flat in flats]
-    for i, flat in enumerate(merged):
-        for name, x in flat.items():
-            check_precision(name, x, i)
-    if normalize:
-        weights = normalized(weights, [_norm(list(flat.values())) for flat in merged])
-    return merge_trees(
-        FISHER, models, fishers=fishers, keep=keep, weights=weights, floor=float(floor), favor=favor
-    )
+    options = {"weights": weights, "floor": floor, "normalize": normalize, "favor": favor}
+    return merge_trees(FISHER, models, beside={"fishers": fishers}, keep=keep, **options)
 
 
-def check_fisher_options(weights: Any, n: int, *, floor: float, favor: int | None) -> list[Any]:
-    """Return the checked weights of a Fisher merge of n models."""
-    weights = check_weights(weights, n)
-    if any(isinstance(w, float) and w < 0 for w in weights):
-        raise UsageError(f"`weights` of a Fisher merge must be >= 0, precision is; got {weights}")
-    if not (math.isfinite(floor) and floor >= 0):
-        raise UsageError(f"`floor` must be a finite number >= 0; got {floor}")
+def _check(n: int, *, weights: Any, floor: float, normalize: bool, favor: int | None) -> Options:
     if favor is not None and not 0 <= favor < n:
         raise UsageError(f"`favor` must be the number of a model, 0 to {n - 1}; got {favor}")
-    return weights
+    weights = check_weights(weights, n, negative=False)
+    return {"weights": weights, "floor": number("floor", floor, 0), "normalize": normalize, "favor": favor}
 
 
-def check_precision(name: str, x: Array, model: int) -> None:
-    """Raise unless a Fisher's values are finite and >= 0 (a traced one cannot be looked at)."""
-    fine = ((x >= 0) & (x < math.inf)).all()
-    if not is_traced(fine) and not bool(fine):
-        raise UsageError(f"the Fisher of model {model} must be finite and >= 0; `{name}` is not everywhere")
+def _squares(block: Block, *, normalize: bool, **_: Any) -> list[Array]:
+    return [f * f for f in block.beside["fishers"]] if normalize else []
 
 
-def normalized(weights: Sequence[Any], norms: Sequence[Any]) -> list[Any]:
-    """Return each weight divided by its Fisher's norm.
-
-    Raises:
-      UsageError: a norm is zero (a traced one then gives the weight 0: that model knows nothing).
-    """
-    divided = []
-    for i, (w, norm) in enumerate(zip(weights, norms, strict=True)):
-        if isinstance(norm, float):
-            if norm == 0:
-                raise UsageError(
-                    f"the Fisher of model {i} is zero everywhere and cannot be normalised; leave it out"
-                )
-            divided.append(w / norm)
-        else:
-            xp = norm.__array_namespace__()
-            divided.append(xp.where(norm > 0, w / xp.where(norm > 0, norm, 1), 0))
-    return divided
-
-
-def _norm(leaves: Sequence[Array]) -> Any:
-    """Return the Euclidean norm over all leaves: a float (summed in float64), or a traced scalar."""
-    if any(is_traced(x) for x in leaves):
-        xp = leaves[0].__array_namespace__()
-        return xp.sqrt(add_up([(x.astype(np.float32) ** 2).sum() for x in leaves]))
-    return math.sqrt(math.fsum(float((np.asarray(x, np.float64) ** 2).sum()) for x in leaves))
-
-
-def _leaf(block: Block, *, weights: Sequence[Any], floor: float, favor: int | None) -> Array:
+def _leaf(block: Block, *, weights: Sequence[Any], floor: float, normalize: bool, favor: int | None) -> Array:
     # A running weighted mean: the same formula, but its ratios are in [0, 1], so products of tiny or
     # huge Fishers leave no range, and where one model alone knows an entry its value comes out exactly.
     xp = block.models[0].__array_namespace__()
-    one = xp.asarray(1, dtype=block.models[0].dtype)
+    one, least = (xp.asarray(x, dtype=block.models[0].dtype) for x in (1.0, floor))
+    if normalize:
+        weights = [_per_norm(w, s, i) for i, (w, s) in enumerate(zip(weights, block.measured, strict=True))]
     masses = [
-        times(w, xp.maximum(f, xp.asarray(floor, dtype=f.dtype)) if favor in (None, i) else f)
-        for i, (w, f) in enumerate(zip(weights, block.fishers, strict=True))
+        times(w, xp.maximum(f, least) if favor in (None, i) else f)
+        for i, (w, f) in enumerate(zip(weights, block.beside["fishers"], strict=True))
     ]
     mean, mass = block.models[0], masses[0]
     if favor:
@@ -135,4 +85,17 @@ def _leaf(block: Block, *, weights: Sequence[Any], floor: float, favor: int | No
     return mean
 
 
-FISHER = Rule(_leaf, needs_fishers=True)
+def _per_norm(weight: Any, squares: Any, model: int) -> Any:
+    """Return a weight divided by its Fisher's norm (0 where a traced norm is: it knows nothing)."""
+    if isinstance(squares, float) and isinstance(weight, float):
+        if squares == 0:
+            raise UsageError(
+                f"the Fisher of model {model} is zero everywhere; leave it out, or do not normalise"
+            )
+        return weight / math.sqrt(squares)
+    xp = (weight if isinstance(squares, float) else squares).__array_namespace__()
+    squares = xp.asarray(squares)
+    return xp.where(squares > 0, weight / xp.sqrt(xp.where(squares > 0, squares, 1)), 0)
+
+
+FISHER = Rule(_leaf, _check, beside=("fishers",), sums=_squares, scope="global")

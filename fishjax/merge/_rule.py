@@ -1,13 +1,15 @@
-"""What a merge method is: a rule for one block of entries, and the arguments that all rules share.
+"""What a merge method is: a rule for one block of entries, and the arguments that many rules share.
 
 A rule sees the same entries of one leaf in every model, widened to max(float32, dtype), and returns
 the merged entries in that dtype; whoever calls it rounds once. It is written against the array API
-with sequential sums, so numpy and jax run the same lines, whole or in pieces.
+with sequential sums, so numpy and jax run the same lines, whole or in pieces. What an entry must know
+of the others (a norm, a threshold) is measured beforehand: `sums` or `ranks` name the terms, the
+engine adds or ranks them over a leaf or, where `scope` is "global", over all leaves.
 """
 
 import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import ml_dtypes
@@ -16,26 +18,34 @@ import numpy as np
 from fishjax.errors import UsageError
 from fishjax.types import Array
 
+Options = dict[str, Any]
+
 
 class Block(NamedTuple):
     """The same entries of one leaf in every model, in max(float32, dtype)."""
 
+    name: str
     models: Sequence[Array]
     base: Array | None = None
-    fishers: Sequence[Array] = ()
+    beside: Mapping[str, Sequence[Array]] = {}  # what lies beside the models, such as their "fishers"
+    positions: Array | None = None  # flat positions of the entries, unsigned, for rules with randomness
+    measured: Sequence[Any] = ()  # what `sums` or `ranks` came to
 
 
 class Rule(NamedTuple):
-    """A merge method: what happens to one block, and what it needs beside the models."""
+    """A merge method: what happens to one block, and what it needs for that."""
 
     leaf: Callable[..., Array]  # (block, **options) -> merged entries
+    check: Callable[..., Options]  # (number of models, **options) -> options fit for the others
     needs_base: bool = False
-    needs_fishers: bool = False
-
-
-def wide(dtype: Any) -> np.dtype:
-    """Return the dtype in which entries are accumulated: max(float32, dtype)."""
-    return np.result_type(dtype, np.float32)
+    beside: tuple[str, ...] = ()  # arguments that hold trees beside the models, entries >= 0: "fishers"
+    sums: Callable[..., Sequence[Array]] | None = None  # (block, **options) -> terms to be added up
+    ranks: Callable[..., Sequence[Array]] | None = None  # (block, **options) -> arrays >= 0 to be ranked
+    counts: Callable[..., Sequence[Sequence[int]]] | None = None  # (n, **options) -> for each array, k's:
+    #   measured is then, for each array and k, the k-th largest value
+    scope: str = "tensor"  # or "global"; an option of this name goes first
+    random: bool = False  # whether blocks carry their positions
+    whole: bool = False  # whether a block must be a whole leaf, in its own shape
 
 
 def is_inexact(dtype: Any) -> bool:
@@ -55,41 +65,77 @@ def is_traced(x: Any) -> bool:
     return jax is not None and isinstance(x, jax.core.Tracer)
 
 
-def check_weights(weights: Any, n: int, *, zero_sum: bool = False) -> list[Any]:
+def check_weights(weights: Any, n: int, *, zero_sum: bool = False, negative: bool = True) -> list[Any]:
     """Return n weights as floats (traced ones as scalars), 1 each where none are given.
 
     Args:
       weights: n finite numbers, or None.
       zero_sum: whether they may add up to nothing (they are then not divided by).
+      negative: whether one may be below zero.
 
     Raises:
-      UsageError: their number is wrong, one is not finite, or they sum to zero.
+      UsageError: their number is wrong, one is not finite or not allowed, or they sum to zero.
     """
     if weights is None:
         return [1.0] * n
     if is_traced(weights):
         if weights.shape != (n,):
-            raise UsageError(
-                f"`weights` must be one number for each of the {n} models; got shape {weights.shape}"
-            )
+            raise UsageError(f"`weights` must be one for each of the {n} models; got shape {weights.shape}")
         return [weights[i] for i in range(n)]
     given = list(weights) if np.ndim(weights) or isinstance(weights, (list, tuple)) else [weights]
     if len(given) != n:
-        raise UsageError(f"`weights` must be one number for each of the {n} models; got {len(given)}")
+        raise UsageError(f"`weights` must be one for each of the {n} models; got {len(given)}")
     if any(is_traced(w) for w in given):
         return given
-    numbers = [float(w) for w in given]
-    if not all(map(math.isfinite, numbers)):
-        raise UsageError(f"`weights` must be finite; got {numbers}")
+    numbers = [number("weights", w) for w in given]
+    if not negative and min(numbers) < 0:
+        raise UsageError(f"`weights` must be >= 0 here; got {numbers}")
     if not zero_sum and math.fsum(numbers) == 0:
         raise UsageError(f"`weights` must not sum to zero; got {numbers}")
     return numbers
 
 
+def number(name: str, x: Any, low: float = -math.inf, high: float = math.inf) -> Any:
+    """Return a finite float in [low, high], or a traced scalar as it is.
+
+    Raises:
+      UsageError: it is something else.
+    """
+    if is_traced(x):
+        return x
+    try:
+        value = float(x)
+    except (TypeError, ValueError):
+        raise UsageError(f"`{name}` must be a number; got {x!r}") from None
+    if not math.isfinite(value) or not low <= value <= high:
+        span = "" if low == -math.inf and high == math.inf else f" in [{low:g}, {high:g}]"
+        raise UsageError(f"`{name}` must be a finite number{span}; got {value}")
+    return value
+
+
+def numbers(name: str, x: Any, n: int, low: float, high: float) -> list[float]:
+    """Return n numbers in [low, high] from one number or n of them."""
+    given = list(x) if isinstance(x, (list, tuple)) or np.ndim(x) else [x] * n
+    if len(given) != n:
+        raise UsageError(f"`{name}` must be one number, or one for each of the {n} models; got {len(given)}")
+    return [number(name, v, low, high) for v in given]
+
+
+def choice(name: str, x: Any, allowed: Sequence[Any]) -> Any:
+    """Return x if it is one of the allowed values.
+
+    Raises:
+      UsageError: it is not; they are listed.
+    """
+    if x not in allowed:
+        raise UsageError(f"`{name}` must be one of {', '.join(map(repr, allowed))}; got {x!r}")
+    return x
+
+
 def times(weight: Any, x: Array) -> Array:
     """Return weight * x in the dtype of x; a weight of exactly one costs nothing."""
     if isinstance(weight, float):
-        return x if weight == 1.0 else x * weight
+        return x if weight == 1.0 else x * x.dtype.type(weight)
     return x * weight.astype(x.dtype)
 
 
@@ -99,3 +145,8 @@ def add_up(terms: Sequence[Any]) -> Any:
     for term in terms[1:]:
         total = total + term
     return total
+
+
+def deltas(block: Block) -> list[Array]:
+    """Return what each model changed: theta_i - theta_0, the task vectors."""
+    return [x - block.base for x in block.models]

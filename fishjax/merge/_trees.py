@@ -1,5 +1,6 @@
 """The engine in memory: a rule applied leaf by leaf to trees of any kind, eager, jitted or sharded."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -7,8 +8,9 @@ import numpy as np
 
 from fishjax import tree
 from fishjax.errors import StructureError, UsageError
-from fishjax.merge._rule import Block, Rule, is_inexact, is_traced, wide
-from fishjax.types import Array, Fisher, Params
+from fishjax.merge._rule import Block, Rule, is_inexact, is_traced
+from fishjax.merge._statistics import measure, widen
+from fishjax.types import Array, Params
 
 Keep = tree.Rules[int | None]
 
@@ -18,33 +20,42 @@ def merge_trees(
     models: Sequence[Params],
     *,
     base: Params | None = None,
-    fishers: Sequence[Fisher] = (),
+    beside: Mapping[str, Params | Sequence[Params]] | None = None,
     keep: Keep | None = None,
     **options: Any,
 ) -> Params:
     """Return the tree that a rule makes of several models, leaf by leaf, in their own dtypes."""
     flats = [tree.flatten(m) for m in models]
     kept = kept_leaves(flats, keep)
+    options = rule.check(len(flats), **options)
     merged = [{n: x for n, x in flat.items() if n not in kept} for flat in flats]
     check_models(merged)
-    inexact = {n: x for n, x in merged[0].items() if is_inexact(x.dtype)}
-    origin = None if base is None else _beside(base, inexact, "base")
-    precision = [_beside(f, inexact, f"the Fisher of model {i}") for i, f in enumerate(fishers)]
-
     result = {n: flats[i][n] for n, i in kept.items() if n in flats[i]}
     for name, first in merged[0].items():
-        leaves = [flat[name] for flat in merged]
-        if name not in inexact:
-            check_equal(name, leaves)
+        if not is_inexact(first.dtype):
+            check_equal(name, [flat[name] for flat in merged])
             result[name] = first
-            continue
-        dtype = wide(first.dtype)
-        block = Block(
-            models=[x.astype(dtype) for x in leaves],
-            base=None if origin is None else origin[name].astype(dtype),
-            fishers=[f[name].astype(dtype) for f in precision],
+    inexact = {n: x for n, x in merged[0].items() if n not in result}
+    if rule.needs_base and base is None:
+        raise UsageError("`base` must be given: this method merges what the models changed")
+    origin = _beside(base, inexact, "base") if rule.needs_base else {}
+    near = {word: _near(word, trees, flats, inexact) for word, trees in (beside or {}).items()}
+    blocks = {
+        name: Block(
+            name=name,
+            models=[flat[name] for flat in merged],
+            base=origin.get(name),
+            beside={word: [flat[name] for flat in flats] for word, flats in near.items()},
+            positions=_positions(first) if rule.random else None,
         )
-        result[name] = rule.leaf(block, **options).astype(first.dtype)
+        for name, first in inexact.items()
+    }
+    blocks = {n: widen(b, tree.wide_dtype(inexact[n].dtype)) for n, b in blocks.items()}
+    check_beside(blocks.values())
+    measured = measure(rule, blocks, options)
+    for name, block in blocks.items():
+        merged_leaf = rule.leaf(block._replace(measured=measured[name]), **options)
+        result[name] = merged_leaf.astype(inexact[name].dtype)
     if set(result) == set(flats[0]):
         return tree.rebuild(models[0], result)
     return tree.nest(result)
@@ -96,9 +107,51 @@ def check_equal(name: str, leaves: Sequence[Array]) -> None:
             )
 
 
+def check_beside(blocks: Any) -> None:
+    """Raise unless the Fishers in blocks are finite and >= 0 (traced ones cannot be looked at).
+
+    Raises:
+      UsageError: one is not; its leaf is named.
+    """
+    for block in blocks:
+        for word, i, x in [(w, i, x) for w, xs in block.beside.items() for i, x in enumerate(xs)]:
+            fine = ((x >= 0) & (x < math.inf)).all()
+            if not is_traced(fine) and not bool(fine):
+                raise UsageError(
+                    f"`{word}` (number {i}) must be finite and >= 0; `{block.name}` is not everywhere"
+                )
+
+
+def _near(
+    word: str, trees: Any, models: Sequence[Any], wanted: Mapping[str, Array]
+) -> list[dict[str, Array]]:
+    """Return the leaves beside those to be merged of one tree, or of each of a list."""
+    if not isinstance(trees, (list, tuple)):
+        return [_beside(trees, wanted, f"`{word}`")]
+    if len(trees) != len(models):
+        raise UsageError(f"`{word}` must be one for each of the {len(models)} models; got {len(trees)}")
+    return [_beside(t, wanted, f"`{word}` of model {i}") for i, t in enumerate(trees)]
+
+
 def _beside(other: Params, wanted: Mapping[str, Array], what: str) -> dict[str, Array]:
     """Return the leaves of another tree that lie beside those to be merged, of the same shapes."""
     flat = tree.flatten(other)
     found = {n: flat[n] for n in wanted if n in flat}
     tree.check_same(wanted, found, ("the models", what), dtypes=False)
     return found
+
+
+def _positions(leaf: Array) -> Array:
+    """Return the flat position of every entry of a leaf, in its shape (so that a sharding carries over)."""
+    if isinstance(leaf, (np.ndarray, np.generic)):
+        return np.arange(leaf.size, dtype=np.uint64).reshape(leaf.shape)
+    if leaf.size >= 2**32:
+        raise UsageError("a leaf of 2^32 entries or more cannot be merged at random in memory; merge files")
+    import jax
+    import jax.numpy as jnp
+
+    position = jnp.zeros(leaf.shape, jnp.uint32)
+    for axis in range(leaf.ndim):
+        stride = math.prod(leaf.shape[axis + 1 :])
+        position += jax.lax.broadcasted_iota(jnp.uint32, leaf.shape, axis) * jnp.uint32(stride)
+    return position
