@@ -1,0 +1,74 @@
+"""Vet a patch file against a model on disk: what `fishjax vet` does."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from fishjax.errors import FileFormatError
+from fishjax.types import Fisher
+from fishjax.vet._base import base as base_check
+from fishjax.vet._context import Check, Context, Finding, Report, report, run
+from fishjax.vet._integrity import integrity
+from fishjax.vet._packs import Pack
+from fishjax.vet._policy import Policy
+from fishjax.vet._size import size
+from fishjax.vet._structure import structure
+from fishjax.vet._tests import tests as tests_check
+
+ON_FILES = (integrity, base_check, structure)  # these need no jax and never hold the model
+CHECKS: tuple[Check, ...] = (*ON_FILES, size, tests_check)
+
+
+def files(
+    patch: str | os.PathLike,
+    base: str | os.PathLike,
+    *,
+    policy: Policy | None = None,
+    tests: Sequence[Pack] = (),
+    fisher: Fisher | None = None,
+    checks: Sequence[Check] = CHECKS,
+) -> Report:
+    """Vet a patch file for a model folder, or for a bare .safetensors file, which cannot be run.
+
+    The model is loaded only if there are tests and the patch fits; a misfit is told without jax.
+
+    Args:
+      patch: the patch file.
+      base: a folder with config.json, or a file of parameters.
+      policy: the maintainer's limits; the defaults where there is none.
+      tests: held test packs, as of `load_packs`.
+      fisher: a diagonal Fisher of the base, to rank the layers by.
+
+    Raises:
+      FileNotFoundError: there is no such patch or base.
+      FileFormatError: the base is malformed. (A malformed patch is a finding.)
+    """
+    from fishjax.checkpoint import load_params, read_patch
+
+    patch, base = Path(patch), Path(base)
+    params = load_params(base)
+    try:
+        source = read_patch(patch, check_finite=False)
+    except FileFormatError as error:
+        return report([Finding("integrity", "fail", 3, str(error), {})])
+    context = Context(
+        source.changes,
+        params,
+        tests=tests,
+        policy=policy or Policy(),
+        metadata=source.metadata,
+        source=source,
+        file=patch,
+        fisher=fisher,
+    )
+    first = run(context, [check for check in checks if check in ON_FILES])
+    if first.exit_code == 3:
+        return first
+    if tests and first.exit_code != 4 and (base / "config.json").exists():
+        from fishjax import models
+
+        model, params = models.load(base)
+        context = context._replace(
+            base=params, apply=model.apply, labels=model.labels, token_mask=model.token_mask
+        )
+    return run(context._replace(findings=first.findings), [c for c in checks if c not in ON_FILES])
