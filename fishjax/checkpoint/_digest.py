@@ -71,8 +71,12 @@ def root(digests: Mapping[str, Digest]) -> Digest:
     >>> root({"a": one}) == one == digest({"a": np.zeros(2)})
     True
     """
-    hashes = [bytes.fromhex(digests[n].removeprefix("sha256:")) for n in sorted(digests, key=str.encode)]
+    hashes = [bytes.fromhex(digests[n].removeprefix("sha256:")) for n in sorted(digests, key=_utf8)]
     return f"sha256:{_merkle(hashes).hex()}"
+
+
+def _utf8(name: str) -> bytes:
+    return name.encode("utf-8", "surrogatepass")  # any tree has a digest, whatever its keys
 
 
 def _merkle(hashes: Sequence[bytes]) -> bytes:

@@ -181,6 +181,9 @@ def write_file(
     ...     open_file(folder + "/a")["w"].sum()
     np.float32(6.0)
     """
+    for name in specs:
+        if reason := bad_name(name):
+            raise StructureError(f"leaf name {name[:200]!r} {reason}; rename it")
     kinds = {n: dtype_name(n, s.dtype) for n, s in specs.items()}
     # Widest dtypes first, so that every tensor is aligned; the safetensors package does the same.
     order = sorted(specs, key=lambda n: (-specs[n].dtype.itemsize, n.encode()))
@@ -189,8 +192,6 @@ def write_file(
         head["__metadata__"] = {**(metadata or {}), **({SEAL: "0" * 64} if seal else {})}
     offset = 0
     for name in order:
-        if reason := bad_name(name):
-            raise StructureError(f"leaf name {name!r} {reason}; rename it")
         size = num_bytes(*specs[name])
         head[name] = {
             "dtype": kinds[name],
@@ -217,7 +218,8 @@ def write_file(
         for name in order:
             got, spec = 0, specs[name]
             pieces = read(name)
-            for piece in [pieces] if isinstance(pieces, np.ndarray) else pieces:
+            for piece in [pieces] if hasattr(pieces, "dtype") else pieces:
+                piece = np.asarray(piece)
                 if piece.dtype.newbyteorder("=") != spec.dtype.newbyteorder("="):
                     raise StructureError(f"`{name}` was announced as {spec.dtype} and came as {piece.dtype}")
                 for data in byte_chunks(piece):
@@ -261,16 +263,20 @@ def _parse_header(
 ) -> tuple[dict[str, Entry], dict[str, str], bytes]:
     start = os.pread(fd, 512, 0)
     length = int.from_bytes(start[:8], "little")
-    if len(start) < 10 or start[8:9] != b"{" or not 2 <= length <= size - 8:
+    whole = 2 <= length <= size - 8
+    if not whole or start[8:9] != b"{":
         for offset, magic, what in _OTHER_FORMATS:
-            if start[offset : offset + len(magic)] == magic:
+            if start[offset : offset + len(magic)] == magic and not (whole and start[8:9].isspace()):
                 raise FileFormatError(
                     f"`{path}` is {what}, not a safetensors file; it was read no further, since such a file "
                     "can run code or cannot be checked. Convert it to safetensors where you trust it"
                 )
-        raise FileFormatError(
-            f"`{path}` is no safetensors file: its {size} bytes do not begin with a header of {length} bytes"
+        what = (
+            "the header does not begin with `{`"
+            if whole
+            else f"{size} bytes have no room for a header of {length}"
         )
+        raise FileFormatError(f"`{path}` is no safetensors file: {what}")
     if length > limit:
         raise FileFormatError(f"`{path}` has a header of {length} bytes; at most {limit} are allowed")
     raw = _read_exactly(path, fd, 8, length)
