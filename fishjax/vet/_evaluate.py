@@ -163,8 +163,7 @@ def _logits(context: Context, params: Params, batch: Arrays) -> np.ndarray:
 
 
 def _difference(new: Array, old: Array) -> Array:
-    wide = jnp.promote_types(jnp.float32, old.dtype)
-    return (new.astype(wide) - old.astype(wide)).astype(old.dtype)
+    return jnp.asarray((np.asarray(new, np.float64) - np.asarray(old, np.float64)).astype(old.dtype))
 
 
 def _log_p(logits: np.ndarray) -> np.ndarray:
