@@ -10,6 +10,7 @@ from fishjax.patches._diff import diff
 from fishjax.patches._ia3 import Scale, init_ia3
 from fishjax.patches._lora import LowRank, init_lora
 from fishjax.patches._sparse import Sparse, init_sparse
+from fishjax.patches._unfolded import unfolded, unfolded_report
 
 KINDS = {"dense": Dense, "sparse": Sparse, "low_rank": LowRank, "scale": Scale}
 
@@ -31,4 +32,6 @@ __all__ = [
     "num_parameters",
     "partition",
     "touched",
+    "unfolded",
+    "unfolded_report",
 ]

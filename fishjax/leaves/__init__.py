@@ -1,0 +1,39 @@
+"""Parameters that are not arrays: leaves with rules of their own, and the interpreter that asks them.
+
+interpret(fn)(params, ...)   any JAX function, unchanged, on params that hold leaves
+Scaled, LowRank              weights kept as a base and small factors, never formed
+materialised(fn)(...)        which leaves had to be formed after all, and why
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from fishjax.leaves._factored import LowRank, Scaled
+from fishjax.leaves._interpreter import interpret, is_leaf
+
+__all__ = ["LowRank", "Scaled", "interpret", "is_leaf", "materialised"]
+
+
+def materialised(fn: Callable[..., Any]) -> Callable[..., list[str]]:
+    """Return a function of the same arguments that lists which leaves `interpret(fn)` forms, and for what.
+
+    Nothing is computed: it is found by tracing.
+
+    >>> import jax.numpy as jnp
+    >>> w = Scaled(jnp.ones((2, 3)), jnp.ones((1, 3)), name="w")
+    >>> materialised(lambda w, x: jnp.sum(x @ w) + jnp.sum(w))(w, jnp.ones(2))
+    ['w: reduce_sum']
+    """
+
+    def listed(*args, **kwargs):
+        seen: list[str] = []
+
+        def note(leaf, equation):
+            seen.append(f"{leaf.name}: {equation.name}")
+
+        jax.make_jaxpr(lambda: interpret(fn, note)(*args, **kwargs))()
+        return seen
+
+    return listed
