@@ -142,6 +142,23 @@ def test_a_false_claim_is_refused_and_an_unknown_one_is_told(world):
     assert vet.run(context(world, metadata={"claims": 3}), vet.CHECKS).exit_code == 3
 
 
+def test_a_test_that_the_base_does_not_support_yet_only_warns(world):
+    base, _, held = world
+    noise = jax.tree.map(jnp.array, base)
+    noise["head"]["bias"] = noise["head"]["bias"] + jnp.array([0.0, 0.4, 0.0, -0.4])
+    patch = patches.diff(base, noise)
+    result = lambda tests, **limits: vet.run(
+        context(world, patch, tests=tests, metadata={}, policy=vet.policy({"nfr_budget": 0.005, **limits})),
+        vet.CHECKS,
+    )
+    row = lambda report: finding(report, "tests").details["tests"][-1]
+    assert row(result(held)).items() >= {"name": "mirrored", "status": "fail"}.items()
+    assert row(result(held))["accuracy_before"] < 0.9
+    report = result(held, supported_accuracy=0.9)
+    assert report.exit_code == 0 and row(report)["status"] == "warn" and row(report)["reasons"]
+    assert result(held[1:], supported_accuracy=0.9).exit_code == 7  # then nothing decides
+
+
 def test_limits_of_size_and_place_are_held(world):
     def code(**limits):
         report = vet.run(context(world, policy=vet.policy(limits)), vet.CHECKS)

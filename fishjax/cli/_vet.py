@@ -47,8 +47,8 @@ def run(args: argparse.Namespace) -> int:
     print(vet.to_json(report, patch=name) if args.json else vet.to_text(report, patch=name))
     if report.exit_code:
         sys.stdout.flush()
-        finding = next(f for f in report.findings if f.exit_code == report.exit_code)
-        line = f"fishjax: `{name}`: {report.verdict} ({report.exit_code}): {finding.name}: {finding.summary}"
+        decisive = [f"{f.name}: {f.summary}" for f in report.findings if f.exit_code == report.exit_code]
+        line = f"fishjax: `{name}`: {report.verdict} ({report.exit_code}): {'; '.join(decisive)}"
         print("".join(c for c in line if c.isprintable()), file=sys.stderr)
     return report.exit_code
 

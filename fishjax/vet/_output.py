@@ -17,7 +17,9 @@ def to_text(report: Report, *, patch: str = "") -> str:
     """
     lines = []
     for i, finding in enumerate(report.findings, 1):
-        lines.append(f"{i:2} {finding.name:12} {_word(finding)}  {finding.summary}")
+        held = finding.details.get("tests")
+        headline = f"{len(held)} held tests" if held else finding.summary
+        lines.append(f"{i:2} {finding.name:12} {_word(finding)}  {headline}")
         lines += [f"{'':20}{line}" for line in _extra(finding)]
     name = f" {patch}" if patch else ""
     lines.append(f"VERDICT {report.verdict}{name} (exit code {report.exit_code})")
@@ -103,6 +105,16 @@ def _extra(finding: Finding) -> list[str]:
         f"KL(base‖new) on {name}: measured {kl['measured']:.2e}, jvp estimate {kl['jvp_estimate']:.2e}"
         for name, kl in finding.details.get("kl", {}).items()
     ]
+    for row in finding.details.get("tests", []):
+        lines.append(
+            f"{row['name']}  {row['accuracy_before']:.3f} -> {row['accuracy_after']:.3f}  (n={row['n']})  "
+            f"flips -{row['negative_flips']} +{row['positive_flips']}, at most -{row['nfr_upper']:.2%}  "
+            f"McNemar p={row['mcnemar']:.2g}  {row['status'].upper()}"
+        )
+        lines += [f"  {reason}" for reason in row["reasons"]]
+        if row["examples_needed"]:
+            lines.append(f"  {row['examples_needed']} examples would be needed")
+    lines += [f"claimed but not held: `{name}`" for name in finding.details.get("claimed_not_held", [])]
     layers = finding.details.get("layers", [])[:8]
     width = max((len(row["layer"]) for row in layers), default=0)
     return lines + [

@@ -23,6 +23,7 @@ class Policy(NamedTuple):
     forbidden: tuple[str, ...] = ()
     require_tests: bool = True
     confidence: float = 0.95
+    supported_accuracy: float = 0.0
     nfr_budget: float = 0.02
     non_inferiority_margin: float = 0.02
     min_gain: float = 0.01
@@ -52,6 +53,8 @@ forbidden: []                 # no leaf touched may match any
 # How the held tests must come out.
 require_tests: true           # without a held test the answer is "inconclusive" (7)
 confidence: 0.95              # of every statistical statement below
+supported_accuracy: 0         # a test that the base passes less often than this is not supported yet:
+                              # it must rise if the patch claims so, and else only warns
 nfr_budget: 0.02              # at most this share may go from right to wrong, shown by an upper bound
 non_inferiority_margin: 0.02  # accuracy may fall by less than this, shown by a paired test
 min_gain: 0.01                # a test that the patch claims to raise must rise by this much, significantly
@@ -64,6 +67,7 @@ _WITHIN = {  # lowest and highest value, and whether they are allowed themselves
     "max_relative_norm": (0, math.inf, "(0, inf)"),
     "max_kl": (0, math.inf, "(0, inf)"),
     "confidence": (0.5, 1, "(0.5, 1)"),
+    "supported_accuracy": (0, 1, "[0, 1)"),
     "nfr_budget": (0, 1, "(0, 1)"),
     "non_inferiority_margin": (0, 1, "(0, 1)"),
     "min_gain": (0, 1, "[0, 1)"),

@@ -31,7 +31,7 @@ class Flips(NamedTuple):
 class Ruling(NamedTuple):
     """What one requirement on one test comes to. `needed` is how many examples could show it."""
 
-    status: str  # "pass", "fail" or "inconclusive"
+    status: str  # "pass", "warn", "fail" or "inconclusive"
     text: str = ""
     needed: int | None = None
 
@@ -77,12 +77,13 @@ def judge(context: Context, outcomes: Mapping[str, tuple[np.ndarray, np.ndarray]
         name, f = pack.name, flips[pack.name]
         limit = lambda key, name=name: context.policy.limit(key, name)
         confidence = context.policy.confidence
-        rulings = [
+        kept = [
             rule_flips(f, limit("nfr_budget"), confidence),
             rule_accuracy(f, limit("non_inferiority_margin"), confidence, losses[name]),
         ]
-        if name in gains:
-            rulings.append(rule_gain(f, limit("min_gain"), confidence, gains[name]))
+        if not _supported(context, f):
+            kept = [r._replace(status="warn") if r.status != "pass" else r for r in kept]
+        rulings = kept + ([rule_gain(f, limit("min_gain"), confidence, gains[name])] if name in gains else [])
         status = _status(rulings, pack)
         codes.add({"fail": 1, "inconclusive": 7}.get(status, 0))
         slices = _slices(pack, *outcomes[name])
@@ -103,13 +104,14 @@ def judge(context: Context, outcomes: Mapping[str, tuple[np.ndarray, np.ndarray]
                 "claimed": name in gains,
                 "gain": gains.get(name),
                 "status": "warn" if status == "pass" and weak else status,
-                "reasons": [r.text for r in rulings if r.status != "pass"]
-                + [f"slice `{s['name']}` fell from {s['before']:.3f} to {s['after']:.3f}" for s in weak],
+                "reasons": [r.text for r in rulings if r.status != "pass"] + [_told(weak) for _ in weak[:1]],
                 "examples_needed": max((r.needed for r in rulings if r.needed), default=None),
                 "slices": slices,
             }
         )
     missing = sorted(claims(context) - flips.keys())
+    if not claimed and not any(_supported(context, f) for f in flips.values()):
+        codes.add(7 if context.policy.require_tests else 0)
     return _finding(rows, codes, missing)
 
 
@@ -196,14 +198,18 @@ def rule_gain(f: Flips, least_gain: float, confidence: float, p: float) -> Rulin
     return Ruling("fail", f"the claimed gain is {-f.drop:.2%}, `min_gain` is {least_gain:g}")
 
 
+def _supported(context: Context, f: Flips) -> bool:
+    return f.before >= context.policy.supported_accuracy * f.n
+
+
 def _status(rulings: list[Ruling], pack: Pack) -> str:
     """The worst ruling; what a contributor's own test cannot decide is left to the held ones."""
     found = {r.status for r in rulings}
     if "fail" in found:
         return "fail"
-    if "inconclusive" in found:
-        return "warn" if pack.owner == "contributor" else "inconclusive"
-    return "pass"
+    if "inconclusive" in found and pack.owner != "contributor":
+        return "inconclusive"
+    return "pass" if found == {"pass"} else "warn"
 
 
 def _slices(pack: Pack, before: np.ndarray, after: np.ndarray) -> list[dict[str, Any]]:
@@ -223,9 +229,17 @@ def _slices(pack: Pack, before: np.ndarray, after: np.ndarray) -> list[dict[str,
     return sorted(rows, key=lambda row: (-row["drop"], row["name"]))
 
 
+def _told(weak: list[dict[str, Any]]) -> str:
+    worst, more = weak[0], f" (and {len(weak) - 1} more)" if len(weak) > 1 else ""
+    fell = f"{worst['before']:.3f} -> {worst['after']:.3f}, n={worst['n']}"
+    return f"slice `{worst['name']}` {fell}{more}"
+
+
 def _finding(rows: list[dict[str, Any]], codes: set[int], missing: list[str]) -> Finding:
     code = 1 if 1 in codes else max(codes)
     warned = missing or any(row["status"] == "warn" for row in rows)
+    if code == 7 and not any(row["status"] == "inconclusive" for row in rows):
+        return Finding("tests", "fail", 7, "the base supports none of the held tests", {"tests": rows})
     parts = [
         f"{row['name']} {row['accuracy_before']:.3f} -> {row['accuracy_after']:.3f} (n={row['n']})"
         + (f": {'; '.join(row['reasons'])}" if row["reasons"] else "")
