@@ -12,6 +12,8 @@ from fishjax.checkpoint._inspect import fsck, inspect
 from fishjax.checkpoint._mask import load_mask, save_mask
 from fishjax.checkpoint._params import ParamFiles, load_params, open_params, save_params
 from fishjax.checkpoint._patch import PatchFile, load_patch, read_patch, save_patch
+from fishjax.checkpoint._peft import load_peft
+from fishjax.checkpoint._peft_save import save_peft
 
 __all__ = [
     "ParamFiles",
@@ -25,10 +27,12 @@ __all__ = [
     "load_mask",
     "load_params",
     "load_patch",
+    "load_peft",
     "open_params",
     "read_patch",
     "save_fisher",
     "save_mask",
     "save_params",
     "save_patch",
+    "save_peft",
 ]

@@ -99,4 +99,4 @@ def leaf_specs(params: Params) -> dict[str, Spec]:
     """
     if hasattr(params, "specs"):
         return dict(params.specs)
-    return {n: spec(x) for n, x in flatten(params).items()}
+    return {n: spec(n, x) for n, x in flatten(params).items()}

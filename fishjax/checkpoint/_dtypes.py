@@ -46,16 +46,6 @@ class Spec(NamedTuple):
     shape: tuple[int, ...]
 
 
-def spec(leaf: Any) -> Spec:
-    """Return the dtype and shape of a leaf; of an array without looking at its values.
-
-    >>> spec(np.ones((2, 3), np.float32))
-    Spec(dtype=dtype('float32'), shape=(2, 3))
-    """
-    leaf = leaf if hasattr(leaf, "dtype") and hasattr(leaf, "shape") else np.asarray(leaf)
-    return Spec(np.dtype(leaf.dtype), tuple(leaf.shape))
-
-
 def dtype_name(name: str, dtype: np.dtype) -> str:
     """Return the format's name of a numpy dtype; `name` is the leaf it is for.
 
@@ -86,6 +76,19 @@ def host(name: str, leaf: object) -> np.ndarray:
         raise StructureError(f"leaf `{name}` is no array of numbers: {error}") from None
     dtype_name(name, array.dtype)
     return array
+
+
+def spec(name: str, leaf: Any) -> Spec:
+    """Return the dtype and shape of a named leaf; of an array without looking at its values.
+
+    >>> spec("w", np.ones((2, 3), np.float32))
+    Spec(dtype=dtype('float32'), shape=(2, 3))
+    """
+    try:
+        return Spec(np.dtype(leaf.dtype), tuple(leaf.shape))
+    except (AttributeError, TypeError):  # a number; or a dtype that is jax's own
+        array = host(name, leaf)
+        return Spec(array.dtype, array.shape)
 
 
 def num_bytes(dtype: np.dtype, shape: tuple[int, ...]) -> int:

@@ -59,6 +59,8 @@ def load_fisher(path: str | os.PathLike) -> tuple[Fisher, dict[str, Any]]:
 def _problem(array: np.ndarray) -> str | None:
     if NAMES.get(array.dtype.newbyteorder("=")) not in _DTYPES:
         return f"is {array.dtype}; wanted bfloat16, float32 or float64"
-    if not (np.isfinite(array) & (array >= 0)).all():
+    with np.errstate(invalid="ignore"):  # signalling NaNs
+        sound = (np.isfinite(array) & (array >= 0)).all()
+    if not sound:
         return "holds an entry that is negative, NaN or infinite"
     return None

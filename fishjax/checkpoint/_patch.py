@@ -189,6 +189,7 @@ def read_patch(path: str | os.PathLike, *, check_finite: bool = True) -> PatchFi
                 raise FileFormatError(
                     f"`{path}`: `{name}::{field}` holds NaN or infinity; a patch must be finite"
                 )
+            release(array)
         if "indices" in arrays:
             arrays["indices"] = _decode(
                 path, name, take(path, entry, "indices", dict, where), arrays["indices"]
@@ -260,7 +261,8 @@ def _decode(path: object, name: str, note: dict[str, Any], stored: np.ndarray) -
 
 
 def _finite(array: np.ndarray) -> bool:
-    return array.dtype.kind in "iub" or bool(np.isfinite(array).all())
+    with np.errstate(invalid="ignore"):  # signalling NaNs
+        return array.dtype.kind in "iub" or bool(np.isfinite(array).all())
 
 
 def _digest(path: object, text: Any) -> Digest:
