@@ -1,11 +1,13 @@
 """Merging: several models become one, each method a rule for one block of entries.
 
-The same rules run on trees (eager, under `jit`, sharded).
+The same rules run on trees (eager, under `jit`, sharded) and, with `files`, between files in bounded
+memory and without jax. `METHODS` names them all.
 """
 
 from fishjax.merge._average import AVERAGE, average
 from fishjax.merge._breadcrumbs import BREADCRUMBS, breadcrumbs
 from fishjax.merge._dare import DARE, dare
+from fishjax.merge._files import estimate, files
 from fishjax.merge._fisher import FISHER, fisher
 from fishjax.merge._gradient_matching import GRADIENT_MATCHING, gradient_matching
 from fishjax.merge._model_stock import MODEL_STOCK, model_stock
@@ -32,6 +34,8 @@ __all__ = [
     "average",
     "breadcrumbs",
     "dare",
+    "estimate",
+    "files",
     "fisher",
     "gradient_matching",
     "model_stock",

@@ -48,6 +48,14 @@ class Rule(NamedTuple):
     whole: bool = False  # whether a block must be a whole leaf, in its own shape
 
 
+def wants_sums(rule: Rule, models: int, beside: Mapping[str, int], options: Mapping[str, Any]) -> bool:
+    """Say whether a rule asks for any sums under some options."""
+    none = np.zeros(0)
+    near = {word: [none] * n for word, n in beside.items()}
+    block = Block("", [none] * models, none, near, none.astype(np.uint32))
+    return rule.sums is not None and len(rule.sums(block, **options)) > 0
+
+
 def is_inexact(dtype: Any) -> bool:
     """Say whether a dtype is floating or complex, bfloat16 and float8 included, without jax."""
     if np.dtype(dtype).kind in "fc":

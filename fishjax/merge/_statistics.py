@@ -66,9 +66,13 @@ def add_exactly(sums: Sequence[Any]) -> Any:
 def thresholds(arrays: Sequence[Array], ks: Sequence[int]) -> list[Any]:
     """Return the k-th largest value over several arrays >= 0, for each k; infinity for k = 0."""
     if all(isinstance(x, (np.ndarray, np.generic)) for x in arrays):
-        flat = np.concatenate([np.ravel(x) for x in arrays])
-        return [float(np.partition(flat, -k)[-k]) if k else math.inf for k in ks]
+        return largest(np.concatenate([np.ravel(x) for x in arrays]), ks)
     return [_bisect(arrays, k) for k in ks]
+
+
+def largest(flat: np.ndarray, ks: Sequence[int]) -> list[float]:
+    """Return the k-th largest entries of a flat array, for each k; infinity for k = 0 or none at all."""
+    return [float(np.partition(flat, -k)[-k]) if k and flat.size else math.inf for k in ks]
 
 
 def _bisect(arrays: Sequence[Array], k: int) -> Array:

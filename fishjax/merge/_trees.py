@@ -115,7 +115,9 @@ def check_beside(blocks: Any) -> None:
     """
     for block in blocks:
         for word, i, x in [(w, i, x) for w, xs in block.beside.items() for i, x in enumerate(xs)]:
-            fine = ((x >= 0) & (x < math.inf)).all()
+            if not x.size:
+                continue
+            fine = (x.min() >= 0) & (x.max() < math.inf)  # a NaN is both, and neither holds
             if not is_traced(fine) and not bool(fine):
                 raise UsageError(
                     f"`{word}` (number {i}) must be finite and >= 0; `{block.name}` is not everywhere"

@@ -1,0 +1,85 @@
+"""Blocks of tensors in files: read into buffers that are used again, widened, narrowed with one rounding.
+
+`preadv` into one set of buffers a thread keeps the process small: mapped pages would count as its own.
+"""
+
+import os
+from collections.abc import Hashable
+from typing import NamedTuple
+
+import ml_dtypes
+import numpy as np
+
+from fishjax.checkpoint._dtypes import Spec
+from fishjax.errors import FileFormatError
+
+_BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
+_FLOAT32 = np.dtype(np.float32)
+
+
+class Tensor(NamedTuple):
+    """A tensor in an open file."""
+
+    path: str
+    fd: int
+    start: int  # the byte where it begins
+    spec: Spec
+
+    @property
+    def size(self) -> int:
+        return int(np.prod(self.spec.shape, dtype=np.int64))
+
+
+class Buffers:
+    """The memory of one thread: a buffer for every slot, as large as the largest block seen there."""
+
+    def __init__(self) -> None:
+        self._raw: dict[Hashable, np.ndarray] = {}
+
+    def get(self, slot: Hashable, count: int, dtype: np.dtype) -> np.ndarray:
+        """Return `count` entries of a slot's memory, with whatever was left there (zeros at first)."""
+        size = count * dtype.itemsize
+        if slot not in self._raw or self._raw[slot].size < size:
+            self._raw[slot] = np.zeros(size, np.uint8)
+        return self._raw[slot][:size].view(dtype)
+
+    def read(self, slot: Hashable, tensor: Tensor, start: int, stop: int) -> np.ndarray:
+        """Return entries `start` to `stop` of a tensor as they are in the file."""
+        data = self.get((slot, "raw"), stop - start, tensor.spec.dtype)
+        view = memoryview(data.view(np.uint8))
+        offset = tensor.start + start * data.itemsize
+        while view:
+            count = os.preadv(tensor.fd, [view], offset)
+            if not count:
+                raise FileFormatError(f"`{tensor.path}` became shorter while it was read")
+            view, offset = view[count:], offset + count
+        return data
+
+    def read_wide(self, slot: Hashable, tensor: Tensor, start: int, stop: int, dtype: np.dtype) -> np.ndarray:
+        """Return entries `start` to `stop` of a tensor in a wider dtype."""
+        data = self.read(slot, tensor, start, stop)
+        if data.dtype == _BFLOAT16 and dtype == _FLOAT32:
+            # A bfloat16 is the upper half of a float32; the lower halves of this slot stay zero.
+            wide = self.get((slot, "upper halves"), data.size, dtype)
+            wide.view(np.uint16)[1::2] = data.view(np.uint16)
+            return wide
+        return data.astype(dtype, copy=False)
+
+
+def narrow(values: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    """Return values in the dtype of the output, rounded to nearest, ties to even.
+
+    >>> narrow(np.float32([1.0, 1.00390625, 3.4e38, np.nan]), np.dtype(ml_dtypes.bfloat16)).astype(float)
+    array([ 1.,  1., inf, nan])
+    """
+    if dtype != _BFLOAT16 or values.dtype != _FLOAT32:
+        return values.astype(dtype, copy=False)
+    bits = values.view(np.uint32)
+    rounded = bits >> np.uint32(16)
+    rounded &= np.uint32(1)
+    rounded += np.uint32(0x7FFF)
+    rounded += bits
+    narrowed = rounded.view(np.uint16)[1::2].copy()
+    if np.isnan(values.sum()):  # a NaN, or infinities of both signs: rounding may carry a NaN to infinity
+        narrowed[np.isnan(values)] = 0x7FC0
+    return narrowed.view(dtype)

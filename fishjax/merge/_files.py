@@ -1,0 +1,185 @@
+"""`files`: any merge method between files, in bounded memory, without jax."""
+
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from fishjax.checkpoint._digest import root
+from fishjax.errors import UsageError
+from fishjax.merge._card import model_card
+from fishjax.merge._output import Output, carry, write_texts
+from fishjax.merge._plan import Cost, File, Job, cost, key_of, open_tensors, plan, same_file
+from fishjax.merge._rule import Rule
+from fishjax.merge._stream import BLOCK, THREADS, Engine, Piece, hash_tensor
+from fishjax.merge._trees import Keep
+from fishjax.progress import track
+from fishjax.types import Digest
+
+
+def files(
+    method: str | Callable[..., Any],
+    inputs: Sequence[File],
+    out: File,
+    *,
+    base: File | None = None,
+    keep: Keep | None = None,
+    dtype: Any = None,
+    digests: bool = True,
+    block: int = BLOCK,
+    threads: int = THREADS,
+    **options: Any,
+) -> Digest:
+    """Merge models on disk; memory is a few blocks a thread, whatever their size. Needs no jax.
+
+    The result is the same bits whatever `block` and `threads` are. A merge that was killed is resumed
+    by calling it again: `OUT.partial/` holds what was written and a journal of it.
+
+    Args:
+      method: a name of `METHODS`, or the function itself.
+      inputs: .safetensors files or Hugging Face folders with the same tensors.
+      out: a new .safetensors file, or a new folder, which gets the configuration and tokenizer of the
+        base or the first input, a model card and the recipe.
+      base: where a method needs one.
+      keep: ordered `(regex of a leaf's name, i)`: leaves taken whole from input i, see `average`.
+      dtype: of the output's floating-point tensors; by default their own.
+      digests: compute content ids, of the result and for a folder's card of the inputs; each costs a
+        pass of SHA-256. Without, the result is "".
+      block: entries read at a time, rounded up to a multiple of 2^16.
+      threads: that read, compute and write.
+      options: the method's own; Fishers and the like are files too.
+
+    Returns:
+      The content id of the merged model.
+
+    Raises:
+      StructureError: models or what lies beside them differ in names, shapes or dtypes.
+      UsageError: wrong options; `out` exists or is an input.
+      OSError: the file system refuses, for instance because it is full; nothing is left behind.
+
+    >>> import tempfile, numpy as np
+    >>> from fishjax import checkpoint
+    >>> with tempfile.TemporaryDirectory() as top:
+    ...     a, b, c = (f"{top}/{name}.safetensors" for name in "abc")
+    ...     checkpoint.save_params(a, {"w": np.float32([1])})
+    ...     checkpoint.save_params(b, {"w": np.float32([4])})
+    ...     digest = files("average", [a, b], c, weights=[2, 1])
+    ...     checkpoint.load_params(c)
+    {'w': array([2.], dtype=float32)}
+    """
+    name = method if isinstance(method, str) else getattr(method, "__name__", repr(method))
+    given = {"method": name, "models": [os.fspath(i) for i in inputs], **_recipe(options)}
+    given |= {"base": os.fspath(base)} if base is not None else {}
+    given |= {"keep": [list(k) for k in keep]} if keep else {}
+    given |= {"dtype": str(dtype)} if dtype is not None else {}
+    with ExitStack() as stack:
+        jobs = plan(stack, method, inputs, base=base, keep=keep, dtype=dtype, **options)
+        sources = [*inputs, *([base] if base is not None else [])]
+        for source in [*sources, *_paths(options)]:
+            if same_file(source, out):
+                raise UsageError(f"`{out}` is an input, or lies in one, or holds one; give another output")
+        more: dict[str, Any] = {"digests": digests, "block": block, "threads": threads}
+        return run_jobs(jobs, out, given, sources=sources, carried=sources[-1], **more)
+
+
+def estimate(
+    method: str | Callable[..., Any],
+    inputs: Sequence[File],
+    *,
+    base: File | None = None,
+    keep: Keep | None = None,
+    dtype: Any = None,
+    block: int = BLOCK,
+    threads: int = THREADS,
+    **options: Any,
+) -> Cost:
+    """Return what `files` would read, write and hold with the same arguments; reads headers only."""
+    with ExitStack() as stack:
+        jobs = plan(stack, method, inputs, base=base, keep=keep, dtype=dtype, **options)
+        return cost(jobs, _rules(), block, threads)
+
+
+def run_jobs(
+    jobs: Sequence[Job],
+    out: File,
+    recipe: Mapping[str, Any],
+    *,
+    sources: Sequence[File],
+    carried: File,
+    digests: bool = True,
+    block: int = BLOCK,
+    threads: int = THREADS,
+) -> Digest:
+    """Carry out jobs, write card and recipe where `out` is a folder, and return the content id."""
+    engine = Engine(jobs, _rules(), block=block, threads=threads)
+    output = None
+    try:
+        output = Output(out, {j.name: j.spec for j in jobs}, key_of(jobs, block=engine.block, out=str(out)))
+        pieces = engine.pieces()
+        if "measured" in output.state:
+            engine.measured = output.state["measured"]
+        else:
+            engine.measure(lambda items, what, total: track(items, description=what, total=total))
+            output.done(0, now=any(engine.measured), measured=engine.measured)
+        first = output.state["pieces"]
+
+        def step(piece: Piece) -> None:
+            output.write(jobs[piece.job].name, piece.start, engine.merged(piece))
+
+        steps = engine.map(step, pieces[first:])
+        for i, _ in enumerate(track(steps, description="merging", total=len(pieces) - first), first + 1):
+            output.done(i)
+        digest = _digest(engine, output.tensors) if digests else ""
+        if not output.is_file:
+            ids = [_digest_files(engine, path) for path in sources] if digests else [""] * len(sources)
+            carry(Path(carried), output.partial)
+            named = [(os.fspath(path), id) for path, id in zip(sources, ids, strict=True)]
+            write_texts(output.partial, model_card(recipe, named, digest))
+        output.finish()
+        return digest
+    except Exception:
+        engine.close()
+        if output is not None:
+            output.discard()
+        raise
+    finally:
+        engine.close()
+        if output is not None:
+            output.close()
+
+
+def _digest(engine: Engine, tensors: Mapping[str, Any]) -> Digest:
+    names = sorted(tensors)
+    hashed = engine.map(lambda name: hash_tensor(name, tensors[name]), names)
+    return root(dict(zip(names, track(hashed, description="hashing", total=len(names)), strict=True)))
+
+
+def _digest_files(engine: Engine, path: File) -> Digest:
+    with ExitStack() as stack:
+        return _digest(engine, open_tensors(stack, path))
+
+
+def _rules() -> Mapping[str, Rule]:
+    from fishjax import merge
+
+    return merge.METHODS
+
+
+def _paths(options: Mapping[str, Any]) -> Iterable[File]:
+    """Yield the paths among options: a method's Fishers."""
+    for word in ("fishers", "base_fisher"):
+        value = options.get(word)
+        if value is not None:
+            yield from [value] if isinstance(value, (str, os.PathLike)) else value
+
+
+def _recipe(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return options in a form that YAML can hold."""
+
+    def plain(x: Any) -> Any:
+        if isinstance(x, (list, tuple)):
+            return [plain(v) for v in x]
+        return os.fspath(x) if isinstance(x, os.PathLike) else getattr(x, "item", lambda: x)()
+
+    return {k: plain(v) for k, v in options.items() if v is not None}

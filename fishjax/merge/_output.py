@@ -1,0 +1,177 @@
+"""The output of a merge of files: laid out beforehand, written in any order, resumed after a kill.
+
+Everything goes to `OUT.partial/` with a journal that says for which merge it is and how far it came;
+the last step is a rename to `OUT`.
+"""
+
+import contextlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fishjax.checkpoint._atomic import atomic_file, refuse_existing, sync, write_all
+from fishjax.checkpoint._dtypes import Spec, dtype_name, num_bytes
+from fishjax.checkpoint._params import INDEX, SHARD_BYTES, SINGLE
+from fishjax.checkpoint._safetensors import bad_name
+from fishjax.errors import StructureError
+from fishjax.merge._blocks import Tensor
+
+JOURNAL = "journal.json"
+SECONDS = 2.0  # between two entries of the journal; each waits for the disk
+
+
+class Output:
+    """A model that is being written: where each tensor goes, and how many pieces are done."""
+
+    def __init__(
+        self, out: str | os.PathLike, specs: Mapping[str, Spec], key: str, *, shard_bytes: int = SHARD_BYTES
+    ):
+        self.out = Path(out)
+        self.partial = self.out.with_name(self.out.name + ".partial")
+        self.is_file = self.out.suffix == ".safetensors"
+        refuse_existing(self.out)
+        self._files = _shards(specs, self.is_file, shard_bytes)
+        self._key, self._synced = key, time.monotonic()
+        self._fds: list[int] = []
+        self.tensors: dict[str, Tensor] = {}
+        self.state = self._resume()
+        try:
+            for file, members in self._files.items():
+                self._open(file, {n: specs[n] for n in members})
+        except Exception:
+            self.discard()
+            raise
+
+    def write(self, name: str, start: int, values: np.ndarray) -> None:
+        """Write entries of a tensor, from entry `start` on."""
+        tensor = self.tensors[name]
+        view = memoryview(values.view(np.uint8))
+        offset = tensor.start + start * tensor.spec.dtype.itemsize
+        while view:
+            count = os.pwrite(tensor.fd, view, offset)
+            view, offset = view[count:], offset + count
+
+    def done(self, pieces: int, *, now: bool = False, **state: Any) -> None:
+        """Note that so many pieces are written; every few seconds, once the disk has them, for good."""
+        if not now and time.monotonic() - self._synced < SECONDS:
+            return
+        for fd in self._fds:
+            os.fsync(fd)
+        self.state = {**self.state, **state, "key": self._key, "pieces": pieces}
+        with atomic_file(self.partial / JOURNAL) as fd:
+            write_all(fd, json.dumps(self.state).encode())
+        self._synced = time.monotonic()
+
+    def finish(self) -> None:
+        """Give the whole model its name."""
+        for fd in self._fds:
+            os.fsync(fd)
+        self.close()
+        if len(self._files) > 1:
+            homes = {n: file for file, members in self._files.items() for n in members}
+            total = sum(num_bytes(*t.spec) for t in self.tensors.values())
+            index = {"metadata": {"total_size": total}, "weight_map": homes}
+            (self.partial / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+        with contextlib.suppress(FileNotFoundError):
+            (self.partial / JOURNAL).unlink()
+        if self.is_file:
+            os.replace(self.partial / SINGLE, self.out)
+            shutil.rmtree(self.partial)
+        else:
+            for path in self.partial.rglob("*"):
+                sync(path)
+            sync(self.partial)
+            os.replace(self.partial, self.out)
+        sync(self.out.parent)
+
+    def close(self) -> None:
+        for fd in self._fds:
+            os.close(fd)
+        self._fds = []
+
+    def discard(self) -> None:
+        """Leave nothing behind."""
+        self.close()
+        shutil.rmtree(self.partial, ignore_errors=True)
+
+    def _resume(self) -> dict[str, Any]:
+        """Return the journal of an earlier try at the same merge; what belongs to another is removed."""
+        with contextlib.suppress(OSError, ValueError, TypeError):
+            state = json.loads((self.partial / JOURNAL).read_bytes())
+            if state["key"] == self._key:
+                return state
+        shutil.rmtree(self.partial, ignore_errors=True)
+        room, needed = shutil.disk_usage(self.partial.parent).free, 0
+        for members in self._files.values():
+            needed += sum(members.values())
+        if needed > room:
+            raise OSError(28, f"the output needs {needed} bytes and the disk has {room} left", str(self.out))
+        os.mkdir(self.partial)
+        return {"pieces": 0}
+
+    def _open(self, file: str, specs: Mapping[str, Spec]) -> None:
+        header, offsets = _layout(specs)
+        fd = os.open(self.partial / file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        self._fds.append(fd)
+        os.pwrite(fd, header, 0)
+        os.ftruncate(fd, len(header) + sum(num_bytes(*s) for s in specs.values()))
+        for name, spec in specs.items():
+            self.tensors[name] = Tensor(str(self.partial / file), fd, len(header) + offsets[name], spec)
+
+
+def _shards(specs: Mapping[str, Spec], is_file: bool, shard_bytes: int) -> dict[str, dict[str, int]]:
+    """Return which tensors go to which file, and their sizes."""
+    shards: list[dict[str, int]] = [{}]
+    for name in sorted(specs, key=str.encode):
+        size = num_bytes(*specs[name])
+        if shards[-1] and not is_file and sum(shards[-1].values()) + size > shard_bytes:
+            shards.append({})
+        shards[-1][name] = size
+    if len(shards) == 1:
+        return {SINGLE: shards[0]}
+    return {f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors": s for i, s in enumerate(shards)}
+
+
+def _layout(specs: Mapping[str, Spec]) -> tuple[bytes, dict[str, int]]:
+    """Return a safetensors header with its length in front, and where each tensor begins behind it."""
+    offsets: dict[str, int] = {}
+    head: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name in sorted(specs, key=lambda n: (-specs[n].dtype.itemsize, n.encode())):
+        if reason := bad_name(name):
+            raise StructureError(f"leaf name {name[:200]!r} {reason}; rename it")
+        offsets[name], end = end, end + num_bytes(*specs[name])
+        head[name] = {
+            "dtype": dtype_name(name, specs[name].dtype),
+            "shape": list(specs[name].shape),
+            "data_offsets": [offsets[name], end],
+        }
+    text = json.dumps(head, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text, offsets
+
+
+def carry(source: Path, folder: Path) -> list[str]:
+    """Copy a model folder's small files (configuration, tokenizer) beside the weights; name them."""
+    carried = []
+    for path in sorted(source.iterdir()) if source.is_dir() else []:
+        plain = path.is_file() and not path.is_symlink() and not path.name.startswith(".")
+        if (
+            plain
+            and path.suffix in (".json", ".txt", ".model", ".jinja")
+            and not path.name.endswith(".index.json")
+        ):
+            shutil.copyfile(path, folder / path.name)
+            carried.append(path.name)
+    return carried
+
+
+def write_texts(folder: Path, texts: Mapping[str, str]) -> None:
+    for name, text in texts.items():
+        (folder / name).write_text(text, encoding="utf-8")

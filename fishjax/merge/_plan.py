@@ -1,0 +1,208 @@
+"""A merge of files is a list of jobs, one an output tensor; planning reads nothing but headers."""
+
+import hashlib
+import inspect
+import json
+import math
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from fishjax import tree
+from fishjax.checkpoint import open_params
+from fishjax.checkpoint._dtypes import Spec, num_bytes
+from fishjax.errors import StructureError, UsageError
+from fishjax.merge._blocks import Tensor
+from fishjax.merge._rule import Options, Rule, is_inexact, wants_sums
+from fishjax.merge._trees import Keep, check_models, kept_leaves
+
+File = str | os.PathLike
+
+
+class Job(NamedTuple):
+    """One output tensor, and what it is made of."""
+
+    name: str
+    spec: Spec
+    rule: str  # a method's name; "copy": the first model's bytes, which all models must have
+    models: Sequence[Tensor]
+    base: Tensor | None = None
+    beside: Mapping[str, Sequence[Tensor]] = MappingProxyType({})
+    options: Mapping[str, Any] = MappingProxyType({})
+
+    def inputs(self) -> Iterator[tuple[Any, Tensor]]:
+        """Yield every tensor that is read, with a name for its buffer."""
+        yield from enumerate(self.models)
+        if self.base is not None:
+            yield "base", self.base
+        for word, tensors in self.beside.items():
+            yield from (((word, i), t) for i, t in enumerate(tensors))
+
+    def wants_sums(self, rule: Rule) -> bool:
+        """Say whether anything must be added up over the tensor beforehand."""
+        return wants_sums(rule, len(self.models), {w: len(ts) for w, ts in self.beside.items()}, self.options)
+
+
+class Cost(NamedTuple):
+    """What a merge of files will take."""
+
+    read: int  # bytes, all passes
+    write: int  # bytes
+    memory: int  # bytes beyond the interpreter, about
+
+
+def open_tensors(stack: ExitStack, path: File) -> dict[str, Tensor]:
+    """Open a model's files and return where every tensor is."""
+    tensors: dict[str, Tensor] = {}
+    for file in stack.enter_context(open_params(path)).files.values():
+        fd = os.open(file.path, os.O_RDONLY | os.O_CLOEXEC)
+        stack.callback(os.close, fd)
+        for name, entry in file._entries.items():
+            tensors[name] = Tensor(str(file.path), fd, entry.start, Spec(entry.dtype, entry.shape))
+    return tensors
+
+
+def find_rule(method: str | Callable[..., Any]) -> tuple[str, Rule]:
+    """Return a method's name and rule from its name or its function.
+
+    Raises:
+      UsageError: there is no such method; all are listed.
+    """
+    from fishjax import merge
+
+    name = method if isinstance(method, str) else getattr(method, "__name__", repr(method))
+    if name not in merge.METHODS:
+        raise UsageError(f"`{name}` is no merge method; there are {', '.join(merge.METHODS)}")
+    return name, merge.METHODS[name]
+
+
+def full_options(name: str, rule: Rule, given: Mapping[str, Any]) -> Options:
+    """Return a method's options, defaults filled in.
+
+    Raises:
+      UsageError: one that the method does not know, or one that is missing.
+    """
+    from fishjax import merge
+
+    taken = {"models", "base", "keep", *rule.beside}
+    known = {n: p for n, p in inspect.signature(getattr(merge, name)).parameters.items() if n not in taken}
+    for option in given:
+        if option not in known:
+            raise UsageError(f"`{name}` has no option `{option}`; it has {', '.join(known) or 'none'}")
+    options = {n: given.get(n, p.default) for n, p in known.items()}
+    for option, value in options.items():
+        if value is inspect.Parameter.empty:
+            raise UsageError(f"`{name}` needs the option `{option}`")
+    return options
+
+
+def plan(
+    stack: ExitStack,
+    method: str | Callable[..., Any],
+    inputs: Sequence[File],
+    *,
+    base: File | None = None,
+    keep: Keep | None = None,
+    dtype: Any = None,
+    **given: Any,
+) -> list[Job]:
+    """Return the jobs of one method over whole models, after every check that headers allow."""
+    name, rule = find_rule(method)
+    near = {word: given.pop(word, None) for word in rule.beside}
+    options = rule.check(len(inputs), **full_options(name, rule, given))
+    models = [open_tensors(stack, path) for path in inputs]
+    kept = kept_leaves(models, keep)
+    merged = [{n: t for n, t in model.items() if n not in kept} for model in models]
+    check_models([_specs(m) for m in merged])
+    inexact = [n for n, t in merged[0].items() if is_inexact(t.spec.dtype)]
+    wanted = {n: merged[0][n] for n in inexact}
+    if rule.needs_base and base is None:
+        raise UsageError(f"`base` must be given: `{name}` merges what the models changed")
+    if base is not None and not rule.needs_base:
+        raise UsageError(f"`base` is given, and `{name}` has no use for one")
+    origin = _beside(stack, base, wanted, "base") if base is not None else {}
+    beside = {word: _near(stack, word, paths, len(inputs), wanted) for word, paths in near.items()}
+    jobs = [Job(n, models[i][n].spec, "copy", [models[i][n]]) for n, i in kept.items() if n in models[i]]
+    for n, first in merged[0].items():
+        if n not in wanted:
+            jobs.append(Job(n, first.spec, "copy", [m[n] for m in merged]))
+            continue
+        spec = Spec(np.dtype(dtype), first.spec.shape) if dtype is not None else first.spec
+        trees = {word: [t[n] for t in tensors] for word, tensors in beside.items()}
+        jobs.append(Job(n, spec, name, [m[n] for m in merged], origin.get(n), trees, options))
+    return jobs
+
+
+def key_of(jobs: Sequence[Job], **more: Any) -> str:
+    """Return a digest of everything that the output depends on; inputs count by inode, size and time."""
+    seen: dict[int, list[int]] = {}
+
+    def identity(t: Tensor) -> list[Any]:
+        if t.fd not in seen:
+            found = os.fstat(t.fd)
+            seen[t.fd] = [found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns]
+        return [*seen[t.fd], t.start, str(t.spec)]
+
+    text = [
+        [
+            j.name,
+            str(j.spec),
+            j.rule,
+            repr(dict(j.options)),
+            [[str(slot), identity(t)] for slot, t in j.inputs()],
+        ]
+        for j in jobs
+    ]
+    return hashlib.sha256(json.dumps([text, more], sort_keys=True).encode()).hexdigest()
+
+
+def cost(jobs: Sequence[Job], rules: Mapping[str, Rule], block: int, threads: int) -> Cost:
+    """Return what jobs will read, write and hold."""
+    read = write = widest = 0
+    for job in jobs:
+        rule = rules.get(job.rule)
+        sizes = [num_bytes(*t.spec) for _, t in job.inputs()]
+        measured = rule is not None and (rule.ranks is not None or job.wants_sums(rule))
+        read += sum(sizes) * (2 if measured else 1)
+        write += num_bytes(*job.spec)
+        entries = min(block, math.prod(job.spec.shape))
+        wide = tree.wide_dtype(job.spec.dtype).itemsize if rule is not None else job.spec.dtype.itemsize
+        widest = max(widest, entries * wide * (3 * len(sizes) + 4))
+    return Cost(read, write, threads * widest)
+
+
+def _specs(model: Mapping[str, Tensor]) -> dict[str, Spec]:
+    return {n: t.spec for n, t in model.items()}
+
+
+def _beside(stack: ExitStack, path: File, wanted: Mapping[str, Tensor], what: str) -> dict[str, Tensor]:
+    tensors = open_tensors(stack, path)
+    found = {n: tensors[n] for n in wanted if n in tensors}
+    try:
+        tree.check_same(_specs(wanted), _specs(found), ("the models", what), dtypes=False)
+    except StructureError as error:
+        raise StructureError(f"{error} (`{path}`)") from None
+    return found
+
+
+def _near(
+    stack: ExitStack, word: str, paths: Any, n: int, wanted: Mapping[str, Tensor]
+) -> list[dict[str, Tensor]]:
+    if paths is None:
+        raise UsageError(f"`{word}` must be given")
+    if isinstance(paths, (str, os.PathLike)):
+        return [_beside(stack, paths, wanted, f"`{word}`")]
+    if len(paths) != n:
+        raise UsageError(f"`{word}` must be one for each of the {n} models; got {len(paths)}")
+    return [_beside(stack, p, wanted, f"`{word}` of model {i}") for i, p in enumerate(paths)]
+
+
+def same_file(a: File, b: File) -> bool:
+    """Say whether two paths are one file, or one lies in the other's folder."""
+    one, two = Path(a).resolve(), Path(b).resolve()
+    return one == two or one in two.parents or two in one.parents

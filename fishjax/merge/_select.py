@@ -1,0 +1,110 @@
+"""Exact order statistics of arrays that are seen block by block, in memory of fixed size.
+
+Floats >= 0 are ordered as their bit patterns are. A span of patterns that holds the answer is cut into
+at most 2^16 bins and counted, until a bin is one pattern. A sample makes the first span so narrow that
+one pass is mostly enough; should the answer lie outside, the next pass takes the whole range.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+BINS = 1 << 16
+
+
+class _Search(NamedTuple):
+    array: int  # which of the ranked arrays
+    k: int  # wanted: the k-th largest
+    low: int  # the span of bit patterns, [low, high)
+    high: int
+
+    @property
+    def shift(self) -> int:
+        return max(0, (self.high - self.low - 1).bit_length() - 16)
+
+
+class Ranking:
+    """Searches for the k-th largest values of several arrays, all in the same passes."""
+
+    def __init__(self, counts: Sequence[Sequence[int]]):
+        self._counts = counts
+        self._searches: list[_Search] = []
+        self._counted = False  # a guess is not yet an answer
+        self._bits, self._float = np.dtype(np.uint32), np.dtype(np.float32)
+        self._above: list[int] = []
+        self._bins: list[np.ndarray] = []
+
+    @property
+    def done(self) -> bool:
+        return self._counted and all(s.high - s.low == 1 for s in self._searches)
+
+    def guess(self, samples: Sequence[np.ndarray], size: int) -> None:
+        """Begin with spans around each answer's place in a sample."""
+        self._float = samples[0].dtype
+        self._bits = np.dtype(f"u{self._float.itemsize}")
+        searches = []
+        for i, (sample, ks) in enumerate(zip(samples, self._counts, strict=True)):
+            ordered = np.sort(sample)[::-1]
+            for k in ks:
+                if not k:
+                    searches.append(_Search(i, 0, self._whole() - 1, self._whole()))
+                    continue
+                rank = k / size * ordered.size
+                slack = 6 * math.sqrt(rank * (1 - k / size)) + 3
+                above, below = int(rank - slack), math.ceil(rank + slack)
+                low = self._pattern(ordered[below]) if below < ordered.size else 0
+                high = self._pattern(ordered[above]) + 1 if above >= 0 else self._whole()
+                searches.append(_Search(i, k, low, high))
+        self._begin(searches)
+
+    def count(self, arrays: Sequence[np.ndarray]) -> list[tuple[int, np.ndarray]]:
+        """Return for each search how many entries lie above its span, and the bins of those inside."""
+        found = []
+        patterns = [np.ascontiguousarray(x).view(self._bits) for x in arrays]
+        for s in self._searches:
+            bits = patterns[s.array]
+            above = int(np.count_nonzero(bits >= self._bits.type(s.high)))
+            inside = bits - self._bits.type(s.low)  # what lies below wraps around to the top
+            inside = inside[inside < self._bits.type(s.high - s.low)] >> self._bits.type(s.shift)
+            found.append((above, np.bincount(inside.astype(np.int64), minlength=1)))
+        return found
+
+    def add(self, found: Sequence[tuple[int, np.ndarray]]) -> None:
+        for i, (above, bins) in enumerate(found):
+            self._above[i] += above
+            self._bins[i][: bins.size] += bins
+
+    def narrow(self) -> None:
+        """Take the bin that holds each answer as its next span."""
+        self._counted = True
+        searches = []
+        for s, above, bins in zip(self._searches, self._above, self._bins, strict=True):
+            if s.high - s.low == 1 and s.k == 0:
+                searches.append(s)
+                continue
+            from_top = above + np.cumsum(bins[::-1])
+            if not above < s.k <= from_top[-1]:
+                searches.append(s._replace(low=0, high=self._whole()))
+                continue
+            place = bins.size - 1 - int(np.searchsorted(from_top, s.k))
+            low = s.low + (place << s.shift)
+            searches.append(s._replace(low=low, high=min(low + (1 << s.shift), s.high)))
+        self._begin(searches)
+
+    def values(self) -> list[list[float]]:
+        """Return what was found, for each array and k; infinity for k = 0."""
+        answers = iter(np.array([s.low for s in self._searches], self._bits).view(self._float).tolist())
+        return [[next(answers) for _ in ks] for ks in self._counts]
+
+    def _begin(self, searches: list[_Search]) -> None:
+        self._searches = searches
+        self._above = [0] * len(searches)
+        self._bins = [np.zeros(min(BINS, s.high - s.low), np.int64) for s in searches]
+
+    def _whole(self) -> int:
+        return self._pattern(np.array(np.inf, self._float)) + 1
+
+    def _pattern(self, value: np.ndarray) -> int:
+        return int(np.array([value], self._float).view(self._bits)[0])

@@ -1,0 +1,386 @@
+"""Merging files: the same bits as in memory, whatever the cut; resumed, bounded, and safe to fail."""
+
+import inspect
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from fishjax import checkpoint, errors, merge, tree
+from fishjax.merge._blocks import narrow
+from fishjax.merge._select import Ranking
+from fishjax.merge._statistics import GRAIN
+
+OPTIONS = {
+    "average": {"weights": [1.0, 2.5]},
+    "breadcrumbs": {"density": 0.5, "gamma": 0.1},
+    "dare": {"density": 0.5, "rescale": "l1"},
+    "fisher": {"normalize": True, "favor": 1},
+    "gradient_matching": {"weights": [0.3, 1.7]},
+    "model_stock": {},
+    "nuslerp": {"t": 0.3},
+    "slerp": {"t": 0.3},
+    "task_arithmetic": {"weights": [0.3, -1.0]},
+    "ties": {"density": 0.3},
+    "wise_ft": {"alpha": 0.3},
+}
+SHAPES = {"a.weight": (500, 700), "a.bias": (700,), "b.one": (1,), "b.scalar": (), "b.none": (0, 3)}
+
+
+def _params(seed, dtype=np.float32, scale=1.0):
+    rng = np.random.default_rng(seed)
+    flat = {n: (scale * rng.standard_normal(s)).astype(dtype) for n, s in SHAPES.items()}
+    return tree.nest({n: np.asarray(x, dtype) for n, x in flat.items()} | {"ids": np.arange(5)})
+
+
+def _add(a, b):
+    return jax.tree.map(lambda x, y: x if x.dtype.kind == "i" else (x + y).astype(x.dtype), a, b)
+
+
+@pytest.fixture
+def world(tmp_path):
+    """Two models, their base, and Fishers: in memory, and as files."""
+
+    def make(dtype=np.float32):
+        base = _params(0, dtype)
+        models = [_add(base, _params(i, dtype, 0.1)) for i in (1, 2)]
+        fishers = [jax.tree.map(lambda x: abs(x).astype(np.float32), _params(i)) for i in (3, 4, 5)]
+        paths = {}
+        for name, params in {
+            "base": base,
+            "m0": models[0],
+            "m1": models[1],
+            "f0": fishers[0],
+            "f1": fishers[1],
+            "f2": fishers[2],
+        }.items():
+            paths[name] = tmp_path / f"{name}.safetensors"
+            checkpoint.save_params(paths[name], params)
+        return {"models": models, "base": base, "fishers": fishers[:2], "base_fisher": fishers[2]}, {
+            "models": [paths["m0"], paths["m1"]],
+            "base": paths["base"],
+            "fishers": [paths["f0"], paths["f1"]],
+            "base_fisher": paths["f2"],
+        }
+
+    return make
+
+
+def _arguments(method, given):
+    known = inspect.signature(getattr(merge, method)).parameters
+    models = given["models"][:1] if method == "wise_ft" else given["models"]
+    return models, {k: v for k, v in given.items() if k in known and k != "models"} | OPTIONS[method]
+
+
+@pytest.mark.parametrize("dtype", [np.float32, jnp.bfloat16, np.float16, np.float64], ids=str)
+@pytest.mark.parametrize("method", merge.METHODS)
+def test_streamed_equals_in_memory_bit_by_bit(method, dtype, world, tmp_path):
+    trees, paths = world(dtype)
+    models, options = _arguments(method, trees)
+    want = getattr(merge, method)(models, **options)
+    models, options = _arguments(method, paths)
+    out = tmp_path / "out.safetensors"
+    digest = merge.files(method, models, out, block=GRAIN, **options)
+    got = checkpoint.load_params(out)
+    jax.tree.map(np.testing.assert_array_equal, got, want)
+    assert jax.tree.map(lambda x: (x.dtype, x.shape), got) == jax.tree.map(lambda x: (x.dtype, x.shape), want)
+    assert digest == checkpoint.digest(want)
+    assert not (tmp_path / "out.safetensors.partial").exists()
+
+
+@pytest.mark.parametrize("method", ["ties", "dare", "fisher"])
+def test_the_cut_does_not_matter(method, world, tmp_path):
+    _, paths = world()
+    models, options = _arguments(method, paths)
+    cuts = [(1, 1), (GRAIN, 2), (2 * GRAIN, 3), (1 << 24, 1)]
+    digests = {
+        merge.files(
+            getattr(merge, method), models, tmp_path / f"{i}.safetensors", block=b, threads=t, **options
+        )
+        for i, (b, t) in enumerate(cuts)
+    }
+    assert len(digests) == 1
+    assert len({(tmp_path / f"{i}.safetensors").read_bytes() for i in range(len(cuts))}) == 1
+
+
+def test_a_folder_gets_card_recipe_and_configuration(world, tmp_path):
+    trees, _ = world()
+    for name, params in (("one", trees["models"][0]), ("two", trees["models"][1])):
+        checkpoint.save_params(tmp_path / name, params)
+        (tmp_path / name / "config.json").write_text('{"model_type": "x"}')
+    digest = merge.files(
+        "average", [tmp_path / "one", tmp_path / "two"], tmp_path / "out", weights=[1, 3], keep=[("bias$", 1)]
+    )
+    want = merge.average(trees["models"], weights=[1, 3], keep=[("bias$", 1)])
+    got = checkpoint.load_params(tmp_path / "out")
+    jax.tree.map(np.testing.assert_array_equal, got, want)
+    assert sorted(os.listdir(tmp_path / "out")) == [
+        "README.md",
+        "config.json",
+        "fishjax_merge.yaml",
+        "model.safetensors",
+    ]
+    card, recipe = ((tmp_path / "out" / n).read_text() for n in ("README.md", "fishjax_merge.yaml"))
+    assert "base_model_relation: merge" in card and "- one\n- two" in card and digest in card
+    for params in trees["models"]:
+        assert checkpoint.digest(params) in recipe
+    assert "weights:" in recipe and "bias$" in recipe
+
+
+def test_another_dtype(world, tmp_path):
+    trees, paths = world()
+    merge.files("average", paths["models"], tmp_path / "out.safetensors", dtype=jnp.bfloat16)
+    got = checkpoint.load_params(tmp_path / "out.safetensors")
+    want = jax.tree.map(
+        lambda x: x if x.dtype.kind == "i" else x.astype(jnp.bfloat16), merge.average(trees["models"])
+    )
+    jax.tree.map(np.testing.assert_array_equal, got, want)
+
+
+def test_every_float32_narrows_as_ml_dtypes_does():
+    rng = np.random.default_rng(0)
+    bits = rng.integers(0, 2**32, 1 << 20, dtype=np.uint32)
+    edges = np.uint32(
+        [
+            0,
+            0x80000000,
+            0x7F800000,
+            0xFF800000,
+            0x7F7FFFFF,
+            0x7FC00000,
+            0x7F800001,
+            0xFFFFFFFF,
+            0x3F808000,
+            0x3F818000,
+        ]
+    )
+    for values in (
+        bits.view(np.float32),
+        np.concatenate([edges, bits[:7]]).view(np.float32),
+        edges[:5].view(np.float32),
+    ):
+        with np.errstate(invalid="ignore", over="ignore"):
+            got, want = narrow(values, np.dtype(jnp.bfloat16)), values.astype(jnp.bfloat16)
+        nan = np.isnan(values)
+        np.testing.assert_array_equal(got.view(np.uint16)[~nan], want.view(np.uint16)[~nan])
+        assert np.isnan(got[nan].astype(np.float32)).all()
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda rng: abs(rng.standard_normal(30_000)),
+        lambda rng: abs(
+            rng.standard_normal(30_000).astype(jnp.bfloat16).astype(float)
+        ),  # few values, many ties
+        lambda rng: np.where(rng.random(30_000) < 0.9, 0, 1.0),
+        lambda rng: np.sort(rng.random(30_000)),  # a sample of each block's beginning misleads
+        lambda rng: np.full(30_000, np.inf),
+    ],
+)
+def test_ranking_is_exact(make, dtype):
+    x = make(np.random.default_rng(0)).astype(dtype)
+    blocks = np.split(x, 10)
+    ks = [0, 1, 2, 57, 15_000, 29_999, 30_000]
+    for sample in (x[:500], x[-500:], np.concatenate([b[:50] for b in blocks])):
+        ranking = Ranking([ks, ks[:1]])
+        ranking.guess([sample, sample], x.size)
+        passes = 0
+        while not ranking.done:
+            for b in blocks:
+                ranking.add(ranking.count([b, b]))
+            ranking.narrow()
+            passes += 1
+        ordered = np.sort(x)[::-1]
+        assert ranking.values() == [[np.inf if k == 0 else ordered[k - 1] for k in ks], [np.inf]]
+        assert passes <= (6 if dtype == np.float64 else 4)
+
+
+BIG = """
+import sys, numpy as np
+from fishjax import merge
+before = 'jax' in sys.modules
+print(merge.files(*sys.argv[1:2], sys.argv[2:4], sys.argv[4], **eval(sys.argv[5])))
+assert not before and 'jax' not in sys.modules
+with open('/proc/self/status') as f:
+    print([int(l.split()[1]) for l in f if l.startswith('VmHWM')][0] // 1024)
+"""
+
+
+def _write_big(path, seed, entries):
+    rng = np.random.default_rng(seed)
+    values = rng.standard_normal(1 << 20).astype(np.float32)
+    checkpoint.save_params(
+        path, {f"t{i}": np.roll(values, i).reshape(1024, 1024) for i in range(entries >> 20)}
+    )
+
+
+def _run(*args):
+    return subprocess.Popen(
+        [sys.executable, "-c", BIG, *map(str, args)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+@pytest.mark.parametrize(
+    "method, options", [("average", {}), ("slerp", {"t": 0.4}), ("ties", {"density": 0.2})]
+)
+def test_memory_is_bounded_and_jax_is_not_imported(method, options, tmp_path):
+    paths = [tmp_path / "a.safetensors", tmp_path / "b.safetensors"]
+    for i, path in enumerate(paths):
+        _write_big(path, i, 40 << 20)  # 160 MB each
+    if method == "ties":
+        options = options | {"base": str(paths[0])}
+    done = _run(method, *paths, tmp_path / "out.safetensors", options)
+    out, err = done.communicate()
+    assert done.returncode == 0, err
+    assert int(out.split()[1]) < 150  # MB: the interpreter with numpy is 40 to 60
+
+
+def test_a_killed_merge_is_resumed(tmp_path):
+    paths = [tmp_path / "a.safetensors", tmp_path / "b.safetensors"]
+    for i, path in enumerate(paths):
+        _write_big(path, i, 24 << 20)
+    want = merge.files("slerp", paths, tmp_path / "want.safetensors", t=0.3)
+    slow = "import fishjax.merge._output as o; o.SECONDS = 0.0" + BIG
+    out = tmp_path / "out.safetensors"
+    journal = tmp_path / "out.safetensors.partial" / "journal.json"
+    run = lambda: subprocess.Popen(
+        [sys.executable, "-c", slow, "slerp", *map(str, paths), str(out), "{'t': 0.3}"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    reached = []
+    for _ in range(2):
+        process = run()
+        last = reached[-1] if reached else 0
+        for _ in range(3000):
+            time.sleep(0.01)
+            if journal.exists() and json.loads(journal.read_text())["pieces"] > last + 5:
+                break
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        reached.append(json.loads(journal.read_text())["pieces"])
+    assert 0 < reached[0] < reached[1] < 192  # it went on where it was
+    assert not out.exists()
+    state = json.loads(journal.read_text())
+    with open(journal.parent / "model.safetensors", "r+b") as f:  # what is done is not done again
+        f.seek(-4, os.SEEK_END)
+        tail = f.read()
+    process = run()
+    stdout, stderr = process.communicate()
+    assert process.returncode == 0, stderr
+    assert stdout.split()[0] == want
+    assert (tmp_path / "want.safetensors").read_bytes() == out.read_bytes()
+    assert state["pieces"] == reached[1] and len(tail) == 4 and not journal.parent.exists()
+
+
+def test_another_recipe_does_not_resume(world, tmp_path):
+    _, paths = world()
+    partial = tmp_path / "out.safetensors.partial"
+    partial.mkdir()
+    (partial / "journal.json").write_text('{"key": "other", "pieces": 99}')
+    merge.files("average", paths["models"], tmp_path / "out.safetensors")
+    got, want = (
+        checkpoint.load_params(tmp_path / "out.safetensors"),
+        merge.average([checkpoint.load_params(p) for p in paths["models"]]),
+    )
+    jax.tree.map(np.testing.assert_array_equal, got, want)
+
+
+def test_a_full_disk_leaves_nothing(world, tmp_path):
+    _, paths = world()
+    code = """
+import resource, signal, sys
+from fishjax import merge
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))
+merge.files("average", sys.argv[1:3], sys.argv[3])
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code, *map(str, paths["models"]), str(tmp_path / "out.safetensors")],
+        capture_output=True,
+        text=True,
+    )
+    assert "OSError" in done.stderr
+    assert not list(tmp_path.glob("out*"))
+    assert resource.getrlimit(resource.RLIMIT_FSIZE)[0] == resource.RLIM_INFINITY
+
+
+def test_a_disk_that_fails_in_the_middle_leaves_nothing(world, tmp_path, monkeypatch):
+    _, paths = world()
+    real, calls = os.pwrite, []
+
+    def fails(fd, data, offset):
+        calls.append(offset)
+        if len(calls) == 6:
+            raise OSError(28, "No space left on device")
+        return real(fd, data, offset)
+
+    monkeypatch.setattr(os, "pwrite", fails)
+    with pytest.raises(OSError, match="No space"):
+        merge.files("average", paths["models"], tmp_path / "out", block=GRAIN)
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_bad_input_is_refused_before_anything_is_written(world, tmp_path):
+    trees, paths = world()
+    out = tmp_path / "out.safetensors"
+    models = paths["models"]
+    with pytest.raises(
+        errors.UsageError, match=r"`avrage` is no merge method; there are average, breadcrumbs"
+    ):
+        merge.files("avrage", models, out)
+    with pytest.raises(errors.UsageError, match=r"`average` has no option `density`"):
+        merge.files("average", models, out, density=0.5)
+    with pytest.raises(errors.UsageError, match=r"`ties` needs the option `density`"):
+        merge.files("ties", models, out, base=paths["base"])
+    with pytest.raises(errors.UsageError, match=r"`base` must be given"):
+        merge.files("ties", models, out, density=0.5)
+    with pytest.raises(errors.UsageError, match=r"no use for one"):
+        merge.files("average", models, out, base=paths["base"])
+    with pytest.raises(errors.UsageError, match=r"`fishers` must be given"):
+        merge.files("fisher", models, out)
+    with pytest.raises(errors.UsageError, match=r"`fishers` must be one for each of the 2 models; got 1"):
+        merge.files("fisher", models, out, fishers=paths["fishers"][:1])
+    with pytest.raises(errors.UsageError, match="is an input"):
+        merge.files("average", models, models[0])
+    out.write_bytes(b"mine")
+    with pytest.raises(errors.UsageError, match="exists"):
+        merge.files("average", models, out)
+    assert out.read_bytes() == b"mine"
+    out.unlink()
+    checkpoint.save_params(tmp_path / "c.safetensors", {**trees["base"], "more": np.ones(2)})
+    with pytest.raises(errors.StructureError, match=r"only in model 1: `more`"):
+        merge.files("average", [models[0], tmp_path / "c.safetensors"], out)
+    checkpoint.save_params(tmp_path / "d.safetensors", {**trees["base"], "ids": np.arange(5) + 1})
+    with pytest.raises(errors.StructureError, match=r"`ids` is int64.*differs between model 0 and model 1"):
+        merge.files("average", [models[0], tmp_path / "d.safetensors"], out)
+    bad = jax.tree.map(lambda x: -x, trees["fishers"][0])
+    checkpoint.save_params(tmp_path / "e.safetensors", bad)
+    with pytest.raises(errors.UsageError, match=r"`fishers` \(number 1\) must be finite and >= 0"):
+        merge.files("fisher", models, out, fishers=[paths["fishers"][0], tmp_path / "e.safetensors"])
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_estimate(world, tmp_path):
+    trees, paths = world()
+    size = sum(x.nbytes for x in jax.tree.leaves(trees["base"]))
+    once = merge.estimate("average", paths["models"])
+    twice = merge.estimate("ties", paths["models"], base=paths["base"], density=0.5)
+    assert (once.read, once.write) == (2 * size, size)
+    floats = size - trees["base"]["ids"].nbytes
+    assert twice.read == 2 * 3 * floats + 2 * trees["base"]["ids"].nbytes
+    assert 0 < once.memory < twice.memory < 100e6
