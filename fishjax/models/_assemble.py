@@ -37,8 +37,13 @@ def assemble(
     def run_embed(params: Params, batch: Batch, keys: Any = None) -> Any:
         return embed.apply({"params": _by_module(params)}, batch, keys)
 
-    def run_block(name: str, params: Params, carry: Any, cache: Any = None) -> Any:
-        return blocks[name].apply({"params": _by_module(params)}, carry, cache)
+    def run_block(name: str, params: Params, carry: Any) -> Any:
+        cache = carry.get("cache")
+        rest = {n: x for n, x in carry.items() if n != "cache"}
+        out, left = blocks[name].apply({"params": _by_module(params)}, rest, cache.get(name) if cache else None)
+        if cache is None:
+            return out
+        return {**out, "cache": cache if left is None else {**cache, name: left}}
 
     def run_head(params: Params, carry: Any) -> Array:
         return head.apply({"params": _by_module(params)}, carry)
@@ -46,7 +51,7 @@ def assemble(
     def apply(params: Params, batch: Batch) -> Array:
         carry = run_embed(params, batch)
         for name in blocks:
-            carry, _ = run_block(name, subtree(params, name), carry)
+            carry = run_block(name, subtree(params, name), carry)
         return run_head(params, carry)
 
     def init(key: Array) -> Params:

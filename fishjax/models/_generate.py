@@ -49,12 +49,11 @@ def make(
         (rows, length), count = prompt.valid.shape, prompt.valid.sum(1, dtype=jnp.int32)
 
         # The prompt, once; what it leaves behind becomes a cache with room for the new tokens.
-        carry, cache = embed(params, batch), {}
+        carry = {**embed(params, batch), "cache": {}}
         for name in blocks:
-            carry, left = block(name, subtree(params, name), carry)
-            if left is not None:
-                room = lambda x: jnp.pad(x, ((0, 0), (0, steps), (0, 0), (0, 0)))
-                cache[name] = {**left, "self": jax.tree.map(room, left["self"])}
+            carry = block(name, subtree(params, name), carry)
+        room = lambda x: jnp.pad(x, ((0, 0), (0, steps), (0, 0), (0, 0)))
+        cache = {n: {**held, "self": jax.tree.map(room, held["self"])} for n, held in carry["cache"].items()}
         last = length - 1 - jnp.argmax(prompt.valid[:, ::-1], axis=1)
         x = jnp.take_along_axis(carry["x"], last[:, None, None], axis=1)
         token = next_token(head(params, {**carry, "x": x})[:, 0], temperature, key, 0)
@@ -73,12 +72,12 @@ def make(
         def advance(state: Any) -> Any:
             step, token, done, cache, out = state
             here = keys._replace(start=length + step - 1)
-            carry, grown = embed(params, {**rest, name_of_ids: token[:, None]}, here), {}
-            for name, held in cache.items():
-                carry, grown[name] = block(name, subtree(params, name), carry, held)
+            carry = {**embed(params, {**rest, name_of_ids: token[:, None]}, here), "cache": cache}
+            for name in cache:
+                carry = block(name, subtree(params, name), carry)
             token = next_token(head(params, carry)[:, 0], temperature, key, step)
             out = out.at[:, step].set(jnp.where(done, pad, token))
-            return step + 1, token, done | ended(token), grown, out
+            return step + 1, token, done | ended(token), carry["cache"], out
 
         out = jnp.full((rows, steps), pad, jnp.int32).at[:, 0].set(token)
         return jax.lax.while_loop(more, advance, (jnp.int32(1), token, ended(token), cache, out))[-1]

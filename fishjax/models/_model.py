@@ -23,6 +23,7 @@ FAMILIES: dict[str, str] = {
     "qwen3": "fishjax.models._llama",
     "gemma2": "fishjax.models._llama",
     "gpt2": "fishjax.models._gpt2",
+    "fishjax_digits": "fishjax.models._digits",
 }
 
 
@@ -40,8 +41,10 @@ class Model(NamedTuple):
         None where `apply` does not return logits.
       token_mask: one example -> bool `[T]`: which of the `labels` count; None for classifiers.
       blocks: dotted names of the repeated parts, in the order in which they run.
-      embed: `embed(params, batch) -> carry`, needs the parameters outside of the blocks only.
-      block: `block(name, params of this block, carry) -> carry`.
+      embed: `embed(params, batch) -> carry`, needs the parameters outside of the blocks only
+        (and T5's tables of relative positions, which the file keeps in the first blocks).
+      block: `block(name, params of this block, carry) -> carry`; where the carry of a decoder holds a
+        dict `cache`, keys and values are read from it and remembered in it.
       head: `head(params, carry) -> logits`, needs the parameters outside of the blocks only.
       ignored: regex of tensor names that are no parameters (stored buffers); they are not loaded.
     """

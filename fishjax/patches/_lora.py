@@ -83,7 +83,7 @@ def init_lora(
     """
     flat = tree.flatten(params)
     patch = {}
-    chosen = tree.match(list(_rules(targets).items()), flat)
+    chosen = tree.match(list(_rules(targets, list(flat)).items()), flat)
     for i, (name, axes) in enumerate(chosen.items()):
         weight = flat[name]
         inputs = {range(weight.ndim)[a] for a in ([axes] if isinstance(axes, int) else axes)}
@@ -103,7 +103,11 @@ def init_lora(
     return patch
 
 
-def _rules(targets) -> dict[str, int | Sequence[int]]:
+def _rules(targets, leaf_names: list[str]) -> dict[str, int | Sequence[int]]:
     if isinstance(targets, Mapping):
         return dict(targets)
+    if targets in ("paper", "peft"):
+        from fishjax.patches import _presets
+
+        return dict(_presets.lora(leaf_names, targets))
     return dict.fromkeys([targets] if isinstance(targets, str) else targets, 0)
