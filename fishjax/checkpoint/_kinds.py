@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fishjax.checkpoint._safetensors import Spec
+from fishjax.errors import FileFormatError
 from fishjax.tree import wide_dtype
 
 
@@ -68,6 +69,8 @@ def fold(name: str, change: Change, target: str, weight: np.ndarray) -> np.ndarr
             return twins[change.kind](weight, name=name, target=target, **change.arrays, **change.static)
     from fishjax.patches import KINDS
 
+    if change.kind not in KINDS:
+        raise FileFormatError(f"`{name}` is patched by kind `{change.kind}`; known: {', '.join(KINDS)}")
     kind = KINDS[change.kind](**change.arrays, **change.static)
     return np.asarray(kind.fold(name, {target: weight})[target])
 
