@@ -16,6 +16,7 @@ from fishjax import checkpoint, patches, tree, vet
 from fishjax.checkpoint._safetensors import SEAL
 from fishjax.cli import main
 from fishjax.errors import StructureError, UsageError
+from fishjax.vet._tests import judge
 
 CLASSES, WIDTH = 4, 8
 CENTRES = np.random.default_rng(1).normal(size=(CLASSES, WIDTH)).astype(np.float32) * 2
@@ -178,6 +179,35 @@ def test_limits_of_size_and_place_are_held(world):
     assert code(allowed=["nope"])[0] == 2  # a rule that matches nothing is a mistake of the policy
 
 
+def test_a_change_of_zeros_is_no_small_change(world):
+    base = {"w": jnp.zeros(3), "v": jnp.ones(3)}
+    for name, norm, code in (("w", np.inf, 1), ("v", 1.0, 0)):
+        patch = {name: patches.Dense(base[name] + jnp.ones(3))}
+        size = vet.size(vet.Context(patch, base, policy=vet.policy({"max_relative_norm": 100})))
+        assert (size.details["relative_norm"], size.exit_code) == (norm, code)
+
+
+def test_predictions_that_are_not_finite_are_wrong():
+    """argmax of NaN is 0, which is not to be taken for the label 0."""
+    pack = vet.pack("p", {"x": np.ones((200, 2), np.float32), "label": np.zeros(200, np.int64)})
+    broken = {"w": patches.Dense(-jnp.ones(2))}
+    logits = lambda params, batch: jnp.log(params["w"])[None] * batch["x"]  # NaN for negative weights
+    report = vet.run(vet.Context(broken, {"w": jnp.array([2.0, 1.0])}, logits, (pack,)), vet.CHECKS)
+    assert report.exit_code == 1 and "not finite" in finding(report, "size").summary
+    row = finding(report, "tests").details["tests"][0]
+    assert (row["accuracy_before"], row["accuracy_after"], row["negative_flips"]) == (1, 0, 200)
+
+
+def test_a_loss_is_shown_by_mcnemar_over_all_tests_even_on_few_examples():
+    packs = [vet.pack(n, {"x": np.ones((20, 1)), "label": np.zeros(20, np.int64)}) for n in "abc"]
+    kept, lost = np.ones(20, bool), np.arange(20) >= 6
+    told = judge(vet.Context({}, {}, tests=packs), {"a": (kept, kept), "b": (kept, lost), "c": (kept, kept)})
+    rows = {r["name"]: r for r in told.details["tests"]}
+    assert rows["b"]["loss"] == pytest.approx(3 / 2**6)  # Holm over three tests
+    assert any("accuracy fell by 30" in reason for reason in rows["b"]["reasons"])
+    assert rows["a"]["loss"] == 1 and rows["a"]["status"] == "inconclusive" and told.exit_code == 1
+
+
 def test_layers_are_ranked_by_change_or_by_fisher(world):
     base, good, _ = world
     size = finding(vet.run(context(world), vet.CHECKS), "size").details
@@ -222,6 +252,7 @@ def test_exit_codes_add_up_by_priority():
     assert total(1, 5, 6) == 6
     stopped = vet.run(vet.Context({}, {}), [check(4), check(3), check(1)])
     assert stopped.exit_code == 3 and len(stopped.findings) == 2
+    assert vet.run(vet.Context({}, {}, findings=stopped.findings), [check(1)]) == stopped
 
     def raises(context):
         raise StructureError("does not fit")

@@ -82,14 +82,14 @@ def run(context: Context, checks: Sequence[Check]) -> Report:
     'refuse'
     """
     for check in checks:
+        if any(f.exit_code == 3 for f in context.findings):
+            break
         try:
             finding = check(context)
         except FishjaxError as error:
             name = check.__name__.strip("_")
             finding = Finding(name, "fail", error.exit_code, str(error), {})
         context = context._replace(findings=(*context.findings, finding))
-        if finding.exit_code == 3:
-            break
     return report(context.findings)
 
 

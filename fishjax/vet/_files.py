@@ -62,9 +62,7 @@ def files(
         fisher=fisher,
     )
     first = run(context, [check for check in checks if check in ON_FILES])
-    if first.exit_code == 3:
-        return first
-    if tests and first.exit_code != 4 and (base / "config.json").exists():
+    if tests and first.exit_code not in (3, 4) and (base / "config.json").exists():
         from fishjax import models
 
         model, params = models.load(base)
