@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fishjax.checkpoint._safetensors import Spec
+from fishjax.checkpoint._dtypes import Spec
 from fishjax.errors import FileFormatError
 from fishjax.tree import wide_dtype
 

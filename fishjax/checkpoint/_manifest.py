@@ -7,7 +7,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fishjax.checkpoint._safetensors import SEAL, Spec, _no_number, _unique, open_file, write_file
+from fishjax.checkpoint._dtypes import Spec
+from fishjax.checkpoint._header import SEAL, no_number, unique
+from fishjax.checkpoint._safetensors import open_file, write_file
 from fishjax.errors import FileFormatError, UsageError
 from fishjax.types import Digest
 
@@ -59,7 +61,7 @@ def read_sealed(path: str | os.PathLike, format: str | None = None) -> Sealed:
     """
     with open_file(path, sealed=True) as file:
         try:
-            manifest = json.loads(file.metadata[KEY], object_pairs_hook=_unique, parse_constant=_no_number)
+            manifest = json.loads(file.metadata[KEY], object_pairs_hook=unique, parse_constant=no_number)
         except (KeyError, ValueError, RecursionError) as error:
             raise FileFormatError(f"`{path}` has no readable `{KEY}` manifest: {error}") from None
         if type(manifest) is not dict or manifest.get("version") != VERSION:

@@ -13,7 +13,8 @@ import numpy as np
 from fishjax.checkpoint._atomic import atomic_file, write_all
 from fishjax.checkpoint._digest import flat_leaves, leaf_specs
 from fishjax.checkpoint._dtypes import Spec, host, num_bytes
-from fishjax.checkpoint._safetensors import TensorFile, _unique, open_file, write_file
+from fishjax.checkpoint._header import unique
+from fishjax.checkpoint._safetensors import TensorFile, open_file, write_file
 from fishjax.errors import FileFormatError, UsageError
 from fishjax.tree import flatten, nest
 from fishjax.types import Params
@@ -236,7 +237,7 @@ def _read_index(path: Path) -> dict[str, str]:
     if path.stat().st_size > _MAX_INDEX:
         raise FileFormatError(f"`{path}` has {path.stat().st_size} bytes; at most {_MAX_INDEX} are allowed")
     try:
-        homes = json.loads(path.read_bytes().decode(), object_pairs_hook=_unique)["weight_map"]
+        homes = json.loads(path.read_bytes().decode(), object_pairs_hook=unique)["weight_map"]
         assert homes and all(type(file) is str for file in homes.values())
     except (ValueError, RecursionError, KeyError, TypeError, AttributeError, AssertionError) as error:
         raise FileFormatError(
