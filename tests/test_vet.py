@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fishjax import checkpoint, patches, tree, vet
+from fishjax import checkpoint, models, patches, tree, vet
 from fishjax.checkpoint._safetensors import SEAL
 from fishjax.cli import main
 from fishjax.errors import StructureError, UsageError
@@ -232,7 +232,7 @@ def test_a_patch_that_does_not_fit_is_told_and_not_applied(world):
     ):
         report = vet.run(context(world, patch), vet.CHECKS)
         assert report.exit_code == 4 and finding(report, "structure").exit_code == 4
-        assert [f.status for f in report.findings[-2:]] == ["skip", "skip"]
+        assert [f.status for f in report.findings[-3:]] == ["skip"] * 3
 
 
 def test_weights_that_overflow_are_refused(world):
@@ -461,6 +461,42 @@ def test_a_base_that_cannot_be_run_is_inconclusive(folder, capsys):
     assert "cannot be run" in capsys.readouterr().out
 
 
+def test_a_model_folder_is_run_on_its_tests_and_tasks(tmp_path, capsys, key):
+    config = {
+        "model_type": "fishjax_digits",
+        "num_hidden_layers": 1,
+        "hidden_size": 8,
+        "num_attention_heads": 2,
+    }
+    model = models.build({**config, "intermediate_size": 8})
+    base = model.init(key)
+    models.save(tmp_path / "base", model, base)
+    image = np.random.default_rng(0).random((200, 8, 8)).astype(np.float32)
+    label = np.asarray(model.apply(base, {"image": image})).argmax(-1)  # so the base is always right
+    for folder in ("tests", "tasks"):
+        (tmp_path / folder).mkdir()
+    vet.save_pack(tmp_path / "tests" / "held.safetensors", vet.pack("held", {"image": image, "label": label}))
+    kinds = {"head.classifier.bias": patches.Sparse(np.array([0]), np.array([1e-4], np.float32))}
+    checkpoint.save_patch(tmp_path / "mild", kinds, base=base)
+    checkpoint.save_patch(tmp_path / "tasks" / "task", kinds, base=base)
+    kinds = {"head.classifier.bias": patches.Dense(np.arange(10, dtype=np.float32))}
+    checkpoint.save_patch(tmp_path / "wild", kinds, base=base)
+    for name, code in (("mild", 0), ("wild", 1)):
+        where = [
+            "--base",
+            tmp_path / "base",
+            "--tests",
+            tmp_path / "tests",
+            "--downstream",
+            tmp_path / "tasks",
+        ]
+        assert main(["vet", str(tmp_path / name), *map(str, where), "--json"]) == code
+        told = {f["name"]: f for f in json.loads(capsys.readouterr().out)["findings"]}
+        assert told["tests"]["details"]["tests"][0]["accuracy_before"] == 1
+        assert told["downstream"]["details"]["tests"][0]["name"] == "task/held"
+        assert told["tests"]["exit_code"] == told["downstream"]["exit_code"] == code
+
+
 def test_misfits_are_told_without_jax(folder, world):
     other_base(folder / "good", world)
     code = (
@@ -496,9 +532,10 @@ def test_reports_are_equal_bytes_and_well_formed(folder, world):
         "structure",
         "size",
         "tests",
+        "downstream",
     ]
     suite = ElementTree.fromstring(vet.to_junit(reports[0], patch="p"))
-    assert suite.get("failures") == "0" and len(suite) == 5
+    assert suite.get("failures") == "0" and len(suite) == 6
     assert "| mirrored | 600 |" in vet.to_markdown(reports[0])
 
 
@@ -519,7 +556,7 @@ def test_outputs_are_written_and_init_gives_the_defaults(folder, capsys, monkeyp
     assert main([*arguments, "--json", "--markdown", "r.md", "--junit", "r.xml"]) == 0
     assert json.loads(capsys.readouterr().out)["verdict"] == "accept"
     assert "accept" in (folder / "r.md").read_text()
-    assert ElementTree.parse(folder / "r.xml").getroot().get("tests") == "5"
+    assert ElementTree.parse(folder / "r.xml").getroot().get("tests") == "6"
     assert main(["vet", "--init"]) == 0
     assert vet.load_policy(folder / "vet.yaml") == vet.Policy()
     assert main(["vet", "--init"]) == 2  # nothing is written over

@@ -14,6 +14,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--tests", metavar="DIR", help="folder of held test packs (NAME.safetensors, NAME.jsonl)"
     )
+    parser.add_argument(
+        "--downstream",
+        metavar="DIR",
+        help="folder of accepted task patches, tried again on the changed model",
+    )
     parser.add_argument("--fisher", metavar="F", help="diagonal Fisher of the base, to rank the layers by")
     parser.add_argument("--json", action="store_true", help="print the report for machines")
     parser.add_argument("--markdown", metavar="FILE", help="write a summary in Markdown")
@@ -39,7 +44,9 @@ def run(args: argparse.Namespace) -> int:
     policy = vet.load_policy(args.policy) if args.policy else vet.Policy()
     tests = vet.load_packs(args.tests, model=args.base) if args.tests else ()
     fisher = load_fisher(args.fisher)[0] if args.fisher else None
-    report = vet.files(args.patch, args.base, policy=policy, tests=tests, fisher=fisher)
+    report = vet.files(
+        args.patch, args.base, policy=policy, tests=tests, fisher=fisher, downstream=args.downstream
+    )
     name = Path(args.patch).name
     for path, text in ((args.markdown, vet.to_markdown), (args.junit, vet.to_junit)):
         if path:

@@ -4,7 +4,8 @@ A check is a function from a `Context` to a `Finding`; `CHECKS` lists those that
 """
 
 from fishjax.vet._base import base
-from fishjax.vet._context import Check, Context, Finding, Report, report, run
+from fishjax.vet._context import Check, Context, Finding, Report, Task, report, run
+from fishjax.vet._downstream import downstream, load_downstream
 from fishjax.vet._files import CHECKS, files
 from fishjax.vet._integrity import integrity
 from fishjax.vet._output import to_json, to_junit, to_markdown, to_text
@@ -24,10 +25,13 @@ __all__ = [
     "Pack",
     "Policy",
     "Report",
+    "Task",
     "base",
+    "downstream",
     "files",
     "holm",
     "integrity",
+    "load_downstream",
     "load_pack",
     "load_packs",
     "load_policy",

@@ -22,6 +22,13 @@ Status: TypeAlias = Literal["pass", "warn", "fail", "skip"]
 PRIORITY = (3, 4, 6, 5, 2, 1, 7)
 
 
+class Task(NamedTuple):
+    """A patch that was accepted before, for the same base, and the tests that it claims to raise."""
+
+    patch: Patch
+    claims: Sequence[str] = ()
+
+
 class Context(NamedTuple):
     """A patch, what it is for, and what is known about it.
 
@@ -42,7 +49,7 @@ class Context(NamedTuple):
         None  # a language model's own: what its logits are compared to
     )
     token_mask: TokenMask | None = None  # and which of those labels count
-    downstream: Mapping[str, Patch] = {}  # accepted patches of tasks, to be applied again
+    downstream: Mapping[str, Task] = {}  # to be applied again on the changed model
     findings: tuple["Finding", ...] = ()  # of the checks before this one
 
     @property

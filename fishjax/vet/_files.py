@@ -8,6 +8,8 @@ from fishjax.errors import FileFormatError
 from fishjax.types import Fisher
 from fishjax.vet._base import base as base_check
 from fishjax.vet._context import Check, Context, Finding, Report, report, run
+from fishjax.vet._downstream import downstream as downstream_check
+from fishjax.vet._downstream import load_downstream
 from fishjax.vet._integrity import integrity
 from fishjax.vet._packs import Pack
 from fishjax.vet._policy import Policy
@@ -16,7 +18,7 @@ from fishjax.vet._structure import structure
 from fishjax.vet._tests import tests as tests_check
 
 ON_FILES = (integrity, base_check, structure)  # these need no jax and never hold the model
-CHECKS: tuple[Check, ...] = (*ON_FILES, size, tests_check)
+CHECKS: tuple[Check, ...] = (*ON_FILES, size, tests_check, downstream_check)
 
 
 def files(
@@ -26,6 +28,7 @@ def files(
     policy: Policy | None = None,
     tests: Sequence[Pack] = (),
     fisher: Fisher | None = None,
+    downstream: str | os.PathLike | None = None,
     checks: Sequence[Check] = CHECKS,
 ) -> Report:
     """Vet a patch file for a model folder, or for a bare .safetensors file, which cannot be run.
@@ -37,6 +40,7 @@ def files(
       base: a folder with config.json, or a file of parameters.
       policy: the maintainer's limits; the defaults where there is none.
       tests: held test packs, as of `load_packs`.
+      downstream: a folder of patches accepted before, to be applied again on the changed model.
       fisher: a diagonal Fisher of the base, to rank the layers by.
 
     Raises:
@@ -62,6 +66,9 @@ def files(
         fisher=fisher,
     )
     first = run(context, [check for check in checks if check in ON_FILES])
+    if downstream is not None and first.exit_code not in (3, 4):
+        tasks = load_downstream(downstream, base_id=source.base_id)
+        context = context._replace(downstream=tasks)
     if tests and first.exit_code not in (3, 4) and (base / "config.json").exists():
         from fishjax import models
 
