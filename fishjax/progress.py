@@ -1,4 +1,4 @@
-"""Progress on stderr: a bar with the time left on a terminal, one line at the end elsewhere."""
+"""Progress on stderr: a bar with the time left on a terminal, else one line after what took a second."""
 
 import sys
 import time
@@ -27,7 +27,8 @@ def track(iterable: Iterable[T], *, description: str, total: int | None = None) 
     for item in iterable:
         yield item
         count += 1
-    print(f"{description}: {count} done in {time.monotonic() - start:.1f} s", file=sys.stderr)
+    if (seconds := time.monotonic() - start) >= 1:  # what is over at once needs no report
+        print(f"{description}: {count} done in {seconds:.1f} s", file=sys.stderr)
 
 
 def _bar(iterable: Iterable[T], description: str, total: int | None) -> Iterator[T]:

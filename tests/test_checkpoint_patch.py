@@ -139,3 +139,54 @@ def test_the_safetensors_package_reads_it(tmp_path, base, patch):
     with safe_open(tmp_path / "p", "numpy") as file:
         assert json.loads(file.metadata()["fishjax"])["format"] == "patch"
         np.testing.assert_array_equal(file.get_tensor("table::values"), patch["table"].values)
+
+
+def test_an_empty_patch(tmp_path, base):
+    checkpoint.save_patch(tmp_path / "p", {}, base=base)
+    assert checkpoint.load_patch(tmp_path / "p") == ({}, {})
+
+
+@pytest.mark.parametrize("dtype", [np.int16, np.uint32, np.int32, np.int64, ">i8"])
+def test_indices_of_any_integer_dtype(tmp_path, dtype):
+    base = {"w": np.arange(300, dtype=">f4")}
+    patch = {"w": patches.Sparse(np.array([3, 299], dtype), np.array([1, 2], ">f4"))}
+    checkpoint.save_patch(tmp_path / "p", patch, base=base)
+    got = checkpoint.load_patch(tmp_path / "p")[0]["w"]
+    assert got.indices.tolist() == [3, 299] and got.values.tolist() == [1, 2]
+    assert got.indices.dtype == (np.int64 if np.dtype(dtype).itemsize == 8 else np.int32)
+
+
+def test_values_are_stored_in_the_dtype_of_their_leaf(tmp_path, base):
+    values = np.float32([1.001, 2, 3e38])
+    patch = {"half": patches.Sparse(np.array([0, 1, 2], np.int32), values)}
+    checkpoint.save_patch(tmp_path / "p", patch, base=base)
+    got = checkpoint.load_patch(tmp_path / "p")[0]
+    assert got["half"].values.dtype == ml_dtypes.bfloat16
+    params = {"half": jnp.asarray(base["half"])}
+    np.testing.assert_array_equal(patches.apply(params, got)["half"], patches.apply(params, patch)["half"])
+
+
+@pytest.mark.parametrize(
+    "odd, match",
+    [
+        ({"nowhere": patches.Dense(np.zeros(3))}, "`nowhere`, which the base does not have"),
+        ({"half": patches.Dense(np.zeros(3))}, r"shape \[3\], the leaf \[4, 4\]"),
+        ({"half": np.zeros((4, 4))}, "wanted one of dense"),
+        ({"half": patches.LowRank(np.zeros((4, 1, 2)), np.zeros((1, 3, 2)))}, "do not span"),
+        (
+            {"half": patches.LowRank(np.zeros((4, 1, 2)), np.zeros((1, 4, 2)), scale=float("nan"))},
+            "its scale is nan",
+        ),
+        (
+            {
+                "layer.bias": patches.Dense(np.zeros(8, np.float32)),
+                "layer.kernel": patches.Scale(np.ones((1, 8)), tied=(("layer.bias", (8,)),)),
+            },
+            "`layer.bias` is changed by both",
+        ),
+    ],
+)
+def test_patches_that_do_not_fit(tmp_path, base, odd, match):
+    with pytest.raises((StructureError, UsageError), match=match):
+        checkpoint.save_patch(tmp_path / "p", odd, base=base)
+    assert list(tmp_path.iterdir()) == []

@@ -26,6 +26,9 @@ def files(tmp_path, monkeypatch):
     tuned["a"]["w"][3, 4:9] += 1
     checkpoint.save_params("base", BASE)
     checkpoint.save_params("tuned.safetensors", tuned)
+    checkpoint.save_params("elsewhere", {**BASE, "a": {**BASE["a"], "b": BASE["a"]["b"] + 1}})
+    (tmp_path / "orbax").mkdir()
+    (tmp_path / "orbax" / "_METADATA").write_text("{}")
     checkpoint.save_params("other", {**BASE, "c": BASE["c"] + 1})
     where, new = np.array([0, 7], np.int32), np.float32([1, 2])
     checkpoint.save_patch("patch", {"a.w": Sparse(where, new), "c": Scale(np.full(4, 2.0))}, base=BASE)
@@ -96,7 +99,7 @@ def test_fsck(files, capsys):
     }
     assert told["patch"]["kind"] == "patch"
     (files / "notes.txt").write_text("hi")
-    assert "1 of other formats not checked" in run(capsys, "fsck", ".")[1]
+    assert "2 of other formats not checked" in run(capsys, "fsck", ".")[1]
 
 
 ERRORS = [
@@ -119,6 +122,8 @@ ERRORS = [
     (["apply", "cut", "--base", "base", "--out", "out"], 3, "cut"),
     (["apply", "fisher", "--base", "base", "--out", "out"], 3, "is a fisher file"),
     (["apply", "patch", "--base", "other", "--out", "out"], 4, "`c`"),
+    (["apply", "patch", "--base", "elsewhere", "--out", "out"], 4, "content id"),
+    (["apply", "patch", "--base", "orbax", "--out", "out"], 2, "convert"),
     (["diff", "base", "nothing", "--out", "p"], 2, "nothing"),
     (["diff", "base", "fisher", "--out", "p"], 4, "same leaves"),
     (["diff", "base", "pickle.safetensors", "--out", "p"], 3, "pickle"),
@@ -133,7 +138,6 @@ ERRORS = [
 def test_errors_are_one_line_and_change_nothing(files, capsys, argv, code, words):
     before = {p: p.read_bytes() for p in files.rglob("*") if p.is_file()}
     got, out, err = run(capsys, *argv)
-    err = "".join(line + "\n" for line in err.splitlines() if " done in " not in line)  # progress
     assert (got, out) == (code, ""), err
     assert err.startswith("fishjax: ") and err.count("\n") == 1 and words in err and "Traceback" not in err
     assert {p: p.read_bytes() for p in files.rglob("*") if p.is_file()} == before
@@ -191,7 +195,7 @@ print("end", file=sys.stderr)
 '''
     done = python("-c", script, cwd=files)
     assert done.returncode == 0, done.stderr
-    assert done.stderr.endswith("\n\nend\n"), done.stderr[-300:]
+    assert done.stderr == "\nend\n", done.stderr
 
 
 def test_help_is_fast_and_the_module_runs():

@@ -10,10 +10,10 @@ from fishjax.checkpoint._dtypes import NAMES, Spec, num_bytes
 from fishjax.checkpoint._fisher import load_fisher
 from fishjax.checkpoint._manifest import is_sealed, read_sealed
 from fishjax.checkpoint._mask import load_mask
-from fishjax.checkpoint._params import INDEX, is_orbax, open_params
+from fishjax.checkpoint._params import INDEX, open_params
 from fishjax.checkpoint._patch import read_patch
 from fishjax.checkpoint._safetensors import open_file
-from fishjax.errors import FishjaxError, UsageError
+from fishjax.errors import FishjaxError
 from fishjax.progress import track
 
 
@@ -42,8 +42,6 @@ def inspect(path: str | os.PathLike, *, content_id: bool = True) -> dict[str, An
     ...     inspect(folder + "/m.safetensors")["tensors"]
     [{'name': 'w', 'dtype': 'F64', 'shape': [2], 'bytes': 16}]
     """
-    if is_orbax(path):
-        raise UsageError(f"`{path}` is an Orbax folder; convert it first: fishjax convert {path} OUT --to hf")
     if Path(path).is_file() and (kind := _sealed_kind(path)):
         return _inspect_sealed(path, kind)
     with open_params(path) as tensors:

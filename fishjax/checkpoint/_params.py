@@ -76,6 +76,7 @@ def open_params(path: str | os.PathLike) -> ParamFiles:
       FileFormatError: a file is malformed or of a format that can run code; an index and its
         shards disagree.
       FileNotFoundError: there is nothing at `path`, or a shard is missing.
+      UsageError: it is an Orbax folder, which only `load_params` reads.
 
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
@@ -95,6 +96,8 @@ def open_params(path: str | os.PathLike) -> ParamFiles:
         return ParamFiles({SINGLE: open_file(path / SINGLE)})
     if index:
         return _open_shards(path)
+    if is_orbax(path):
+        raise UsageError(f"`{path}` is an Orbax folder; convert it first: fishjax convert {path} OUT --to hf")
     others = sorted(p.name for p in path.iterdir())
     for name in others:
         _refuse_suffix(path / name)
@@ -277,7 +280,7 @@ def _load_orbax(path: Path) -> Params:
             return checkpointer.restore(path.absolute(), restore_args=as_numpy)
     except Exception as error:  # whatever a damaged folder makes it raise
         raise FileFormatError(
-            f"`{path}` is no readable Orbax checkpoint: {str(error).splitlines()[0]}"
+            f"`{path}` is no readable Orbax checkpoint: {(str(error) or repr(error)).splitlines()[0]}"
         ) from error
 
 

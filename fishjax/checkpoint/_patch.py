@@ -15,7 +15,7 @@ import numpy as np
 
 from fishjax.checkpoint import _kinds, _rice
 from fishjax.checkpoint._digest import flat_leaves, leaf_digest, leaf_specs, root
-from fishjax.checkpoint._dtypes import DTYPES, NAMES, Spec, host
+from fishjax.checkpoint._dtypes import DTYPES, Spec, dtype_name, host
 from fishjax.checkpoint._kinds import Change
 from fishjax.checkpoint._manifest import read_sealed, take, take_shape, write_sealed
 from fishjax.checkpoint._safetensors import release
@@ -126,7 +126,11 @@ def write_patch(
     manifest = {
         "base": root(base_digests),
         "touched": {
-            n: {"dtype": NAMES[specs[n].dtype], "shape": list(specs[n].shape), "digest": base_digests[n]}
+            n: {
+                "dtype": dtype_name(n, specs[n].dtype),
+                "shape": list(specs[n].shape),
+                "digest": base_digests[n],
+            }
             for n in touched
         },
         "results": dict(result_digests),
@@ -232,7 +236,8 @@ def _check_fit(changes: Mapping[str, Change], specs: Mapping[str, Spec]) -> None
 def _code(indices: np.ndarray, size: int) -> tuple[dict[str, Any], np.ndarray]:
     """Return the manifest's note and the stored array of strictly increasing indices below `size`."""
     width = next(d for d in (np.uint8, np.uint16, np.uint32, np.uint64) if size <= np.iinfo(d).max + 1)
-    note: dict[str, Any] = {"dtype": NAMES[np.dtype(indices.dtype).newbyteorder("=")], "count": indices.size}
+    wide = indices.dtype.itemsize == 8 or size > np.iinfo(np.int32).max
+    note: dict[str, Any] = {"dtype": "I64" if wide else "I32", "count": indices.size}
     parameter, stream = _rice.encode(indices)
     if stream.nbytes < indices.size * np.dtype(width).itemsize:
         return note | {"encoding": "rice", "parameter": parameter}, stream
