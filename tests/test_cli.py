@@ -116,7 +116,7 @@ ERRORS = [
     (["inspect", "pickle.safetensors"], 3, "pickle"),
     (["apply", "nothing", "--base", "base", "--out", "out"], 2, "nothing"),
     (["apply", "patch", "--base", "nothing", "--out", "out"], 2, "nothing"),
-    (["apply", "patch", "--base", "base", "--out", "no/out"], 2, "no/"),
+    (["apply", "patch", "--base", "base", "--out", "no/out"], 2, "`no`: no such folder"),
     (["apply", "patch", "--base", "base", "--out", "base"], 2, "`base` exists"),
     (["apply", "flipped", "--base", "base", "--out", "out"], 3, "flipped"),
     (["apply", "cut", "--base", "base", "--out", "out"], 3, "cut"),
@@ -127,7 +127,7 @@ ERRORS = [
     (["diff", "base", "nothing", "--out", "p"], 2, "nothing"),
     (["diff", "base", "fisher", "--out", "p"], 4, "same leaves"),
     (["diff", "base", "pickle.safetensors", "--out", "p"], 3, "pickle"),
-    (["diff", "base", "base", "--out", "no/p"], 2, "no/"),
+    (["diff", "base", "base", "--out", "no/p"], 2, "`no`: no such folder"),
     (["fsck", "nothing"], 2, "nothing"),
 ]
 

@@ -1,6 +1,7 @@
 """Writes that happen wholly or not at all: temporary beside, fsync, rename, fsync of the folder."""
 
 import contextlib
+import errno
 import os
 import secrets
 import shutil
@@ -36,7 +37,7 @@ def atomic_file(path: str | os.PathLike) -> Iterator[int]:
         if not (stat.S_ISREG(found.st_mode) or stat.S_ISLNK(found.st_mode)):
             raise UsageError(f"`{path}` exists and is no regular file; give the name of a file to write")
         mode = stat.S_IMODE(found.st_mode) if stat.S_ISREG(found.st_mode) else None
-    temp = path.with_name(f".{path.name[:64]}.{secrets.token_hex(8)}.tmp")
+    temp = _beside(path)
     flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | getattr(os, "O_NOFOLLOW", 0)
     fd = os.open(temp, flags, 0o666)
     try:
@@ -71,7 +72,7 @@ def atomic_folder(path: str | os.PathLike) -> Iterator[Path]:
     """
     path = Path(path)
     refuse_existing(path)
-    temp = path.with_name(f".{path.name[:64]}.{secrets.token_hex(8)}.tmp")
+    temp = _beside(path)
     os.mkdir(temp)
     try:
         yield temp
@@ -112,3 +113,10 @@ def sync(path: str | os.PathLike) -> None:
         os.fsync(fd)
     finally:
         os.close(fd)
+
+
+def _beside(path: Path) -> Path:
+    """Return a new, hidden name in the same folder, from which a rename suffices."""
+    if not path.parent.is_dir():
+        raise FileNotFoundError(errno.ENOENT, "no such folder to write into", str(path.parent))
+    return path.with_name(f".{path.name[:64]}.{secrets.token_hex(8)}.tmp")
