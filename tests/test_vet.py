@@ -74,7 +74,7 @@ def finding(report, name):
 
 
 def test_a_good_patch_is_accepted(world):
-    report = vet.run(context(world), vet.CHECKS)
+    report = vet.run(context(world))
     assert (report.verdict, report.exit_code) == ("accept", 0), report
     rows = {r["name"]: r for r in finding(report, "tests").details["tests"]}
     assert rows["mirrored"]["accuracy_after"] > rows["mirrored"]["accuracy_before"] + 0.2
@@ -84,7 +84,7 @@ def test_a_good_patch_is_accepted(world):
 
 def test_accuracies_and_flips_are_those_of_numpy(world):
     base, good, held = world
-    row = finding(vet.run(context(world), vet.CHECKS), "tests").details["tests"][1]
+    row = finding(vet.run(context(world)), "tests").details["tests"][1]
     batch = held[1].batch
     before = np.asarray(apply(base, batch)).argmax(-1) == held[1].label
     after = np.asarray(apply(patches.apply(base, good), batch)).argmax(-1) == held[1].label
@@ -165,7 +165,7 @@ def test_limits_of_size_and_place_are_held(world):
         report = vet.run(context(world, policy=vet.policy(limits)), vet.CHECKS)
         return report.exit_code, finding(report, "size").summary
 
-    norm = finding(vet.run(context(world), vet.CHECKS), "size").details["relative_norm"]
+    norm = finding(vet.run(context(world)), "size").details["relative_norm"]
     assert code(max_relative_norm=norm * 1.001, max_parameters=212)[0] == 0  # 9 * 16 + 17 * 4 numbers
     assert "max_relative_norm" in code(max_relative_norm=norm * 0.999)[1]
     for limits in (
@@ -210,7 +210,7 @@ def test_a_loss_is_shown_by_mcnemar_over_all_tests_even_on_few_examples():
 
 def test_layers_are_ranked_by_change_or_by_fisher(world):
     base, good, _ = world
-    size = finding(vet.run(context(world), vet.CHECKS), "size").details
+    size = finding(vet.run(context(world)), "size").details
     assert size["changed"] == sum(
         int((np.asarray(x) != np.asarray(y)).sum())
         for x, y in zip(jax.tree.leaves(base), jax.tree.leaves(patches.apply(base, good)))
@@ -298,6 +298,23 @@ def test_labels_of_tokens_count_only_where_they_are_given(world):
     row = finding(report, "tests").details["tests"][0]
     assert row["accuracy_before"] == hit.all(1).mean()
     assert finding(report, "size").details["kl"]["tokens"]["predictions"] == 300
+
+
+def test_a_language_models_own_labels_are_used(world):
+    """It predicts the next token: labels move by one, and what has no next token does not count."""
+    base, _, _ = world
+    one = examples(300, 8)
+    x, label = one["x"].reshape(100, 3, WIDTH), one["label"].reshape(100, 3)
+    shifted = np.concatenate([np.full((100, 1), -100), label[:, :-1]], 1)  # the label of the one before
+    given = {
+        "labels": lambda example: jnp.roll(example["labels"], -1),
+        "token_mask": lambda example: jnp.arange(3) < 2,
+    }
+    pack = vet.pack("next", {"x": x, "labels": shifted})
+    report = vet.run(context(world, tests=(pack,), metadata={}, **given))
+    hit = np.asarray(apply(base, {"x": x})).argmax(-1) == label
+    assert finding(report, "tests").details["tests"][0]["accuracy_before"] == hit[:, :2].all(1).mean()
+    assert finding(report, "size").details["kl"]["next"]["predictions"] == 200
 
 
 def test_a_slice_that_falls_is_a_warning(world):
@@ -458,7 +475,7 @@ def test_bad_arguments_are_usage_errors(folder, capsys, monkeypatch, arguments, 
 def test_a_base_that_cannot_be_run_is_inconclusive(folder, capsys):
     arguments = ["vet", str(folder / "good"), "--base", str(folder / "base.safetensors")]
     assert main([*arguments, "--tests", str(folder / "tests")]) == 7
-    assert "cannot be run" in capsys.readouterr().out
+    assert "give its folder" in capsys.readouterr().out
 
 
 def test_a_model_folder_is_run_on_its_tests_and_tasks(tmp_path, capsys, key):
@@ -522,7 +539,7 @@ def test_a_result_that_is_not_what_the_file_says_is_corrupt(folder, world):
 
 
 def test_reports_are_equal_bytes_and_well_formed(folder, world):
-    reports = [vet.run(context(world), vet.CHECKS) for _ in range(2)]
+    reports = [vet.run(context(world)) for _ in range(2)]
     for write in (vet.to_text, vet.to_json, vet.to_markdown, vet.to_junit):
         assert write(reports[0], patch="p") == write(reports[1], patch="p")
     told = json.loads(vet.to_json(reports[0]))

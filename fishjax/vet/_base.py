@@ -1,6 +1,6 @@
 """Base: the patch was made for this very model."""
 
-from fishjax import tree
+from fishjax.checkpoint._digest import flat_leaves, leaf_digest, root
 from fishjax.vet._context import Context, Finding
 
 
@@ -11,9 +11,8 @@ def base(context: Context) -> Finding:
     """
     if context.source is None:
         return Finding("base", "skip", 0, "the patch is in memory, so it names no base", {})
-    from fishjax.checkpoint._digest import leaf_digest, root
-
-    digests = {name: leaf_digest(name, leaf) for name, leaf in tree.flatten(context.base).items()}
+    leaves = flat_leaves(context.base)
+    digests = {name: leaf_digest(name, leaves[name]) for name in leaves}
     wanted, got = context.source.base_id, root(digests)
     differ = sorted(n for n, d in context.source.base_digests.items() if digests.get(n) != d)
     details = {

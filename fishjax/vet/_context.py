@@ -1,4 +1,4 @@
-"""What a check sees, what it says, and how the findings add up to one verdict and exit code."""
+"""What a check sees, and what it says."""
 
 import dataclasses
 import re
@@ -10,16 +10,12 @@ import numpy as np
 
 from fishjax.checkpoint import PatchFile
 from fishjax.checkpoint._kinds import Change, fold, touched
-from fishjax.errors import FileFormatError, FishjaxError
+from fishjax.errors import FileFormatError
 from fishjax.types import Array, Batch, Example, Fisher, Params, Patch, TokenMask
 from fishjax.vet._packs import Pack
 from fishjax.vet._policy import Policy
 
 Status: TypeAlias = Literal["pass", "warn", "fail", "skip"]
-
-# The exit code of a report is the first of these that a finding has: what makes the others
-# meaningless comes first, and a shown failure counts before a lack of evidence.
-PRIORITY = (3, 4, 6, 5, 2, 1, 7)
 
 
 class Task(NamedTuple):
@@ -32,8 +28,9 @@ class Task(NamedTuple):
 class Context(NamedTuple):
     """A patch, what it is for, and what is known about it.
 
-    `base` holds arrays of numpy (they may be mapped from a file) or jax; `apply(params, batch)` gives
-    the logits `[B, C]` or `[B, T, V]`, None if the model cannot be run here.
+    `base` holds arrays of numpy or jax, or is what `checkpoint.open_params` gives; `apply(params, batch)`
+    gives the logits `[B, C]` or `[B, T, V]`, None if the model cannot be run here. A language model says
+    by `labels` and `token_mask`, as `models.Model` has them, what its logits are compared to.
     """
 
     patch: Patch  # kinds of `patches`, or the `Change`s of a patch file
@@ -45,10 +42,8 @@ class Context(NamedTuple):
     source: PatchFile | None = None  # what the patch's file says; None for a patch in memory
     file: Path | None = None
     fisher: Fisher | None = None  # ranks the layers
-    labels: Callable[[Example], Array] | None = (
-        None  # a language model's own: what its logits are compared to
-    )
-    token_mask: TokenMask | None = None  # and which of those labels count
+    labels: Callable[[Example], Array] | None = None
+    token_mask: TokenMask | None = None
     downstream: Mapping[str, Task] = {}  # to be applied again on the changed model
     findings: tuple["Finding", ...] = ()  # of the checks before this one
 
@@ -66,50 +61,6 @@ class Finding(NamedTuple):
     exit_code: int
     summary: str
     details: dict[str, Any]
-
-
-class Report(NamedTuple):
-    """All findings in order, the verdict "accept", "refuse" or "inconclusive", and the exit code."""
-
-    findings: tuple[Finding, ...]
-    verdict: str
-    exit_code: int
-
-
-Check: TypeAlias = Callable[[Context], Finding]
-
-
-def run(context: Context, checks: Sequence[Check]) -> Report:
-    """Run checks in order and add up their findings; see `PRIORITY` for the exit code.
-
-    A `FishjaxError` that a check raises is its finding. A malformed file (3) stops at once; all else runs
-    to the end, so that a contributor sees everything that is to be mended.
-
-    >>> run(Context({}, {}), [lambda context: Finding("size", "fail", 1, "changes nothing", {})]).verdict
-    'refuse'
-    """
-    for check in checks:
-        if any(f.exit_code == 3 for f in context.findings):
-            break
-        try:
-            finding = check(context)
-        except FishjaxError as error:
-            name = check.__name__.strip("_")
-            finding = Finding(name, "fail", error.exit_code, str(error), {})
-        context = context._replace(findings=(*context.findings, finding))
-    return report(context.findings)
-
-
-def report(findings: Sequence[Finding]) -> Report:
-    """Return the report of some findings.
-
-    >>> report([Finding("tests", "fail", 7, "too few examples", {})]).verdict
-    'inconclusive'
-    """
-    codes = {f.exit_code for f in findings} - {0}
-    code = next((c for c in PRIORITY if c in codes), max(codes, default=0))
-    verdict = {0: "accept", 7: "inconclusive"}.get(code, "refuse")
-    return Report(tuple(findings), verdict, code)
 
 
 def blocked(context: Context) -> str | None:

@@ -1,24 +1,19 @@
 """Vet a patch file against a model on disk: what `fishjax vet` does."""
 
+import contextlib
 import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from fishjax.checkpoint import load_params, open_params, read_patch
+from fishjax.checkpoint._params import is_orbax
 from fishjax.errors import FileFormatError
 from fishjax.types import Fisher
-from fishjax.vet._base import base as base_check
-from fishjax.vet._context import Check, Context, Finding, Report, report, run
-from fishjax.vet._downstream import downstream as downstream_check
+from fishjax.vet._context import Context, Finding
 from fishjax.vet._downstream import load_downstream
-from fishjax.vet._integrity import integrity
 from fishjax.vet._packs import Pack
 from fishjax.vet._policy import Policy
-from fishjax.vet._size import size
-from fishjax.vet._structure import structure
-from fishjax.vet._tests import tests as tests_check
-
-ON_FILES = (integrity, base_check, structure)  # these need no jax and never hold the model
-CHECKS: tuple[Check, ...] = (*ON_FILES, size, tests_check, downstream_check)
+from fishjax.vet._run import CHECKS, ON_FILES, Check, Report, report, run
 
 
 def files(
@@ -47,33 +42,36 @@ def files(
       FileNotFoundError: there is no such patch or base.
       FileFormatError: the base is malformed. (A malformed patch is a finding.)
     """
-    from fishjax.checkpoint import load_params, read_patch
-
     patch, base = Path(patch), Path(base)
-    params = load_params(base)
-    try:
-        source = read_patch(patch, check_finite=False)
-    except FileFormatError as error:
-        return report([Finding("integrity", "fail", 3, str(error), {})])
-    context = Context(
-        source.changes,
-        params,
-        tests=tests,
-        policy=policy or Policy(),
-        metadata=source.metadata,
-        source=source,
-        file=patch,
-        fisher=fisher,
-    )
-    first = run(context, [check for check in checks if check in ON_FILES])
-    if downstream is not None and first.exit_code not in (3, 4):
-        tasks = load_downstream(downstream, base_id=source.base_id)
-        context = context._replace(downstream=tasks)
-    if tests and first.exit_code not in (3, 4) and (base / "config.json").exists():
-        from fishjax import models
-
-        model, params = models.load(base)
-        context = context._replace(
-            base=params, apply=model.apply, labels=model.labels, token_mask=model.token_mask
+    with contextlib.ExitStack() as opened:
+        # Tensors are mapped one at a time, so no more than the largest is held.
+        params = load_params(base) if is_orbax(base) else opened.enter_context(open_params(base))
+        try:
+            source = read_patch(patch, check_finite=False)
+        except FileFormatError as error:
+            return report([Finding("integrity", "fail", 3, str(error), {})])
+        context = Context(
+            source.changes,
+            params,
+            tests=tests,
+            policy=policy or Policy(),
+            metadata=source.metadata,
+            source=source,
+            file=patch,
+            fisher=fisher,
         )
-    return run(context._replace(findings=first.findings), [c for c in checks if c not in ON_FILES])
+        first = run(context, [check for check in checks if check in ON_FILES])
+        if downstream is not None and first.exit_code not in (3, 4):
+            tasks = load_downstream(downstream, base_id=source.base_id)
+            context = context._replace(downstream=tasks)
+        if tests and first.exit_code not in (3, 4) and (base / "config.json").exists():
+            from fishjax import models
+
+            model, params = models.load(base)
+            context = context._replace(
+                base=params,
+                apply=model.apply if model.labels else None,  # hidden states are no predictions
+                labels=model.labels,
+                token_mask=model.token_mask,
+            )
+        return run(context._replace(findings=first.findings), [c for c in checks if c not in ON_FILES])

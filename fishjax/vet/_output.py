@@ -5,7 +5,8 @@ import math
 from typing import Any
 from xml.sax.saxutils import escape, quoteattr
 
-from fishjax.vet._context import Finding, Report
+from fishjax.vet._context import Finding
+from fishjax.vet._run import Report
 
 
 def to_text(report: Report, *, patch: str = "") -> str:

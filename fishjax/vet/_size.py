@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fishjax import tree
-from fishjax.checkpoint._digest import leaf_digest
+from fishjax.checkpoint._digest import flat_leaves, leaf_digest, leaf_specs
+from fishjax.checkpoint._dtypes import num_bytes
 from fishjax.checkpoint._kinds import Change, touched
 from fishjax.errors import FileFormatError
 from fishjax.types import Array
@@ -46,11 +47,11 @@ def size(context: Context) -> Finding:
     """
     if reason := blocked(context):
         return Finding("size", "skip", 0, reason, {})
-    changes, leaves = context.changes, tree.flatten(context.base)
-    by_layer = compare(context, changes, leaves)
+    changes, specs = context.changes, leaf_specs(context.base)
+    by_layer = compare(context, changes)
     total = sum(by_layer.values(), Moved())
-    entries = sum(math.prod(x.shape) for x in leaves.values())
-    model_bytes = sum(math.prod(x.shape) * np.dtype(x.dtype).itemsize for x in leaves.values())
+    entries = sum(math.prod(s.shape) for s in specs.values())
+    model_bytes = sum(num_bytes(*s) for s in specs.values())
     parameters = sum(x.size for c in changes.values() for x in c.arrays.values() if x.dtype.kind not in "iub")
     file_bytes = context.file.stat().st_size if context.file else None
     measured = {
@@ -63,7 +64,7 @@ def size(context: Context) -> Finding:
         "relative_norm": total.relative,
     }
     names = {target for name, change in changes.items() for target in touched(name, change)}
-    faults = _over(context, measured) + _misplaced(context, names, leaves.keys())
+    faults = _over(context, measured) + _misplaced(context, names, specs.keys())
     if not total.changed:
         faults.append("the patch changes nothing")
     finite = math.isfinite(total.delta)
@@ -77,12 +78,13 @@ def size(context: Context) -> Finding:
     return Finding("size", "pass", 0, _summary(measured), details)
 
 
-def compare(context: Context, changes: Mapping[str, Change], base: Mapping[str, Array]) -> dict[str, Moved]:
+def compare(context: Context, changes: Mapping[str, Change]) -> dict[str, Moved]:
     """Return how much changes, by layer, folding one leaf at a time; results are held to their digests.
 
     Raises:
       FileFormatError: what comes out is not what the patch's file says.
     """
+    base = flat_leaves(context.base)
     fisher = tree.flatten(context.fisher) if context.fisher is not None else {}
     results = context.source.result_digests if context.source else {}
     by_layer: dict[str, Moved] = defaultdict(Moved)

@@ -3,6 +3,8 @@
 import numpy as np
 
 from fishjax import tree
+from fishjax.checkpoint._digest import leaf_specs
+from fishjax.checkpoint._patch import _check_fit
 from fishjax.errors import StructureError
 from fishjax.vet._context import Context, Finding
 
@@ -13,11 +15,7 @@ def structure(context: Context) -> Finding:
     Indices must be strictly increasing and in range; they are looked at on the host in int64, since a
     device drops or wraps bad ones silently. Nothing of the base is read but shapes and dtypes.
     """
-    from fishjax.checkpoint._patch import Spec, _check_fit
-
-    leaves = tree.flatten(context.base)
-    specs = {name: Spec(np.dtype(leaf.dtype), tuple(leaf.shape)) for name, leaf in leaves.items()}
-    changes = context.changes
+    specs, changes = leaf_specs(context.base), context.changes
     _check_fit(changes, specs)
     if context.source is not None:
         for name, wanted in context.source.specs.items():

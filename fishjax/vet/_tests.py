@@ -52,7 +52,7 @@ def tests(context: Context) -> Finding:
     if not any(pack.owner != "contributor" for pack in context.tests):
         return Finding("tests", "skip", without, "no held test was given", {})
     if context.apply is None:
-        return Finding("tests", "skip", without, "the model cannot be run: give its folder as the base", {})
+        return Finding("tests", "skip", without, "the base is no model with predictions; give its folder", {})
     from fishjax.vet import _evaluate
 
     base, new = _evaluate.models(context)
