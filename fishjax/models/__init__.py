@@ -5,5 +5,18 @@ made here applies to the folder that others use. One file a family, listed in `F
 """
 
 from fishjax.models._model import FAMILIES, Model, build, example_logits, example_loss, load, save
+from fishjax.models._tokenizer import encode, load_tokenizer, pad, until_end
 
-__all__ = ["FAMILIES", "Model", "build", "example_logits", "example_loss", "load", "save"]
+__all__ = [
+    "FAMILIES",
+    "Model",
+    "build",
+    "encode",
+    "example_logits",
+    "example_loss",
+    "load",
+    "load_tokenizer",
+    "pad",
+    "save",
+    "until_end",
+]

@@ -40,7 +40,9 @@ def assemble(
     def run_block(name: str, params: Params, carry: Any) -> Any:
         cache = carry.get("cache")
         rest = {n: x for n, x in carry.items() if n != "cache"}
-        out, left = blocks[name].apply({"params": _by_module(params)}, rest, cache.get(name) if cache else None)
+        out, left = blocks[name].apply(
+            {"params": _by_module(params)}, rest, cache.get(name) if cache else None
+        )
         if cache is None:
             return out
         return {**out, "cache": cache if left is None else {**cache, name: left}}
@@ -92,12 +94,16 @@ def shift_right(labels: Array, start: int) -> Array:
 
 
 def required(config: Mapping[str, Any], *names: str) -> list[Any]:
-    """Return entries that a config.json must have."""
-    missing = [n for n in names if n not in config]
-    if missing:
-        raise FileFormatError(
-            f"config.json of a `{config['model_type']}` needs {', '.join(f'`{n}`' for n in missing)}"
-        )
+    """Return sizes that a config.json must have.
+
+    Raises:
+      FileFormatError: one is missing, or is no size.
+    """
+    odd = [n for n in names if type(config.get(n)) is not int or not 0 < config[n] < 1 << 31]
+    odd += [n for n in names if n not in odd and "layer" in n and config[n] > 10_000]
+    if odd:
+        text = ", ".join(f"`{n}` (got {config.get(n, 'nothing')!r})" for n in odd)
+        raise FileFormatError(f"config.json of a `{config['model_type']}` needs positive sizes: {text}")
     return [config[n] for n in names]
 
 

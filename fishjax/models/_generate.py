@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from fishjax.errors import UsageError
 from fishjax.models._layers import make_keys
-from fishjax.models._model import subtree
+from fishjax.models._model import end_ids, subtree
 from fishjax.types import Array, Batch, Params
 
 
@@ -22,8 +22,7 @@ def make(
     decoder_start: int | None,
 ) -> Callable[..., Array]:
     """Return `generate(params, batch, *, max_new_tokens, temperature=0., key=None)` of a model."""
-    ends = config.get("eos_token_id")
-    ends = [] if ends is None else list(ends) if isinstance(ends, list) else [ends]
+    ends = end_ids(config)
     pad = config.get("pad_token_id")
     pad = pad if pad is not None else ends[0] if ends else 0
     name_of_ids = "input_ids" if decoder_start is None else "decoder_input_ids"

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from fishjax import tree
 from fishjax.errors import UsageError
 from fishjax.types import Array
 
@@ -113,7 +114,7 @@ def split_heads(x: Array, heads: int) -> Array:
 
 def widen(x: Array) -> Array:
     """Cast to float32, or keep a wider dtype."""
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    return x.astype(tree.wide_dtype(x.dtype))
 
 
 def _rows(x: Array, like: Array) -> Array:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from fishjax.errors import FileFormatError, StructureError, UsageError
+from fishjax.errors import FileFormatError, FishjaxError, StructureError, UsageError
 from fishjax.types import Array, Batch, Example, LogitsFn, LossFn, Params, TokenMask
 
 # A family is one file with `build(config, names) -> Model`: `config` is the content of config.json,
@@ -33,7 +33,7 @@ class Model(NamedTuple):
     Fields:
       family: the `model_type` of config.json.
       config: the content of config.json.
-      init: `init(key) -> params`, float32, named and laid out as in the checkpoint.
+      init: `init(key) -> params`, random, named and laid out as in the checkpoint.
       apply: `apply(params, batch) -> logits`: `[B, T, V]`, `[B, C]`, or hidden states of a bare encoder.
       generate: `generate(params, batch, *, max_new_tokens, temperature=0., key=None) -> int32
         [B, max_new_tokens]`; None where the model has no decoder.
@@ -74,7 +74,7 @@ def build(config: dict[str, Any], names: Collection[str] | None = None) -> Model
       UsageError: an architecture that is not known here.
     """
     family = config.get("model_type")
-    if family not in FAMILIES:
+    if not isinstance(family, str) or family not in FAMILIES:
         known = ", ".join(f"`{f}`" for f in FAMILIES)
         raise UsageError(f"`model_type` must be one of {known}; got `{family}`")
     return importlib.import_module(FAMILIES[family]).build(config, names)
@@ -98,7 +98,11 @@ def load(folder: str | Path, *, dtype: Any = None) -> tuple[Model, Params]:
     from fishjax import checkpoint, tree
 
     folder = Path(folder)
-    config = read_config(folder)
+    config = read_config(folder / "config.json")
+    if (folder / "generation_config.json").is_file():  # where chat models list all that ends an answer
+        generation = read_config(folder / "generation_config.json")
+        special = ("eos_token_id", "pad_token_id", "decoder_start_token_id")
+        config |= {n: generation[n] for n in special if generation.get(n) is not None}
     flat = tree.flatten(checkpoint.load_params(folder))
     model = build(config, flat.keys())
     if model.ignored:
@@ -136,12 +140,14 @@ def example_loss(model: Model) -> LossFn:
     import jax
     import jax.numpy as jnp
 
+    from fishjax import tree
+
     logits_fn, labels_fn, mask_fn = example_logits(model), model.labels, model.token_mask
     assert labels_fn is not None
 
     def loss(params: Params, example: Example) -> Array:
         logits = logits_fn(params, example)
-        log_p = jax.nn.log_softmax(logits.astype(jnp.promote_types(logits.dtype, jnp.float32)))
+        log_p = jax.nn.log_softmax(logits.astype(tree.wide_dtype(logits.dtype)))
         labels = labels_fn(example)
         keep = jnp.full(labels.shape, True) if mask_fn is None else mask_fn(example)
         picked = jnp.take_along_axis(log_p, jnp.where(keep, labels, 0)[..., None], axis=-1)[..., 0]
@@ -177,18 +183,25 @@ def subtree(params: Params, name: str) -> Params:
     return params
 
 
-def read_config(folder: Path) -> dict[str, Any]:
-    """Return the content of a folder's config.json."""
-    path = folder / "config.json"
+def end_ids(config: dict[str, Any]) -> list[int]:
+    """Return the tokens after which a sequence has ended; a config names none, one or several."""
+    ends = config.get("eos_token_id")
+    return [] if ends is None else list(ends) if isinstance(ends, list) else [ends]
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """Return the content of a config.json."""
+    folder = path.parent
     if not folder.is_dir():
         raise UsageError(
-            f"`{folder}` is not a folder; a model is loaded from a local folder with a config.json"
+            f"`{folder}` is not a folder; a model is loaded from a local folder with a config.json, "
+            "nothing is downloaded"
         )
     if not path.is_file():
         raise UsageError(f"`{folder}` has no config.json, so its architecture is not known")
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise FileFormatError(f"`{path}` is not JSON: {error}") from None
     if not isinstance(config, dict):
         raise FileFormatError(f"`{path}` must hold a JSON object; got {type(config).__name__}")
@@ -201,7 +214,15 @@ def check_params(model: Model, flat: dict[str, Any], where: Any) -> None:
 
     from fishjax import tree
 
-    wanted = tree.flatten(jax.eval_shape(model.init, jax.random.key(0)))
+    try:
+        wanted = tree.flatten(jax.eval_shape(model.init, jax.random.key(0)))
+    except FishjaxError:
+        raise
+    except (TypeError, ValueError, ZeroDivisionError) as error:  # sizes that do not go together
+        first = str(error).splitlines()[0]
+        raise StructureError(
+            f"`{where}`: config.json describes no `{model.family}` that can be built: {first}"
+        ) from None
     missing, extra = sorted(wanted.keys() - flat.keys()), sorted(flat.keys() - wanted.keys())
     wrong = [
         f"`{n}` {list(flat[n].shape)} where {list(x.shape)} is wanted"

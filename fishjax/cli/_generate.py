@@ -1,0 +1,102 @@
+"""`fishjax generate`: continue prompts with a model and its patches."""
+
+import argparse
+import json
+from typing import Any
+
+HELP = "continue prompts with a model, patched or not"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("prompt", metavar="PROMPT", nargs="+", help="a text to continue")
+    parser.add_argument("--model", required=True, help="a Hugging Face folder")
+    parser.add_argument(
+        "--patch",
+        action="append",
+        default=[],
+        help="a patch file or a peft adapter folder; again for more, applied in order",
+    )
+    parser.add_argument("--max-new-tokens", type=int, default=32, metavar="N")
+    parser.add_argument(
+        "--temperature", type=float, default=0.0, help="0 (default) takes the likeliest token"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of sampling")
+    parser.add_argument("--dtype", help="cast the weights, for instance to bfloat16")
+    parser.add_argument("--ids", action="store_true", help="prompts and results are token ids: '3 1 4'")
+    parser.add_argument("--json", action="store_true", help="for machines")
+
+
+def run(args: argparse.Namespace) -> None:
+    import jax
+
+    from fishjax import models
+    from fishjax.errors import UsageError
+
+    model, params = models.load(args.model)
+    if model.generate is None:
+        raise UsageError(f"`{args.model}` is a `{model.family}` without a decoder; it cannot generate")
+    tokenizer = None if args.ids else models.load_tokenizer(args.model, model)
+    params = _patched(args, model, params)
+    if tokenizer is None:
+        try:
+            batch = models.pad([[int(i) for i in p.replace(",", " ").split()] for p in args.prompt], model)
+        except ValueError as error:
+            raise UsageError(f"with --ids a prompt is numbers with spaces between: {error}") from None
+    else:
+        batch = models.encode(tokenizer, args.prompt, model)
+    out = model.generate(
+        params,
+        batch,
+        max_new_tokens=args.max_new_tokens,
+        temperature=args.temperature,
+        key=jax.random.key(args.seed),
+    )
+    for prompt, row in zip(args.prompt, out.tolist()):
+        ids = models.until_end(row, model)
+        text = " ".join(map(str, ids)) if tokenizer is None else tokenizer.decode(ids)
+        print(
+            json.dumps({"prompt": prompt, "text": text, "ids": ids}, ensure_ascii=False)
+            if args.json
+            else text
+        )
+
+
+def _patched(args: argparse.Namespace, model: Any, params: Any) -> Any:
+    """Apply the patches to the base that each was made for, then cast."""
+    from pathlib import Path
+
+    import jax
+    import jax.numpy as jnp
+
+    from fishjax import checkpoint, patches, tree
+    from fishjax.errors import UsageError
+
+    base = params
+    for path in args.patch:
+        if Path(path).is_dir():
+            patch = checkpoint.load_peft(path, model, params)
+        else:
+            patch, _ = checkpoint.load_patch(path)
+            check_base(path, tree.flatten(base), tree.flatten(params))
+        params = patches.apply(params, patch)
+    if args.dtype is None:
+        return params
+    try:
+        dtype = jnp.dtype(args.dtype)
+        assert jnp.issubdtype(dtype, jnp.floating)
+    except (TypeError, AssertionError):
+        raise UsageError(f"--dtype must be a floating dtype such as bfloat16; got `{args.dtype}`") from None
+    return jax.tree.map(lambda x: x.astype(dtype), params)
+
+
+def check_base(path: str, *bases: dict[str, Any]) -> None:
+    """Raise unless each tensor that a patch touches is, in one of the bases, the one that it was made for."""
+    from fishjax import checkpoint
+    from fishjax.checkpoint._digest import leaf_digest
+    from fishjax.errors import WrongBaseError
+
+    for name, wanted in checkpoint.read_patch(path).base_digests.items():
+        if name not in bases[0] or all(leaf_digest(name, base[name]) != wanted for base in bases):
+            raise WrongBaseError(
+                f"`{path}` is for another base: `{name}` is not the one that it was made for"
+            )

@@ -1,0 +1,76 @@
+"""Text to batches and back, through a folder's own tokenizer.json; nothing is looked up on a network."""
+
+import itertools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fishjax.errors import FileFormatError, StructureError, UsageError
+from fishjax.models._model import Model, end_ids
+
+
+def load_tokenizer(folder: str | Path, model: Model) -> Any:
+    """Return the `tokenizers.Tokenizer` of a model folder.
+
+    Raises:
+      UsageError: the folder has no tokenizer.json, or the package `tokenizers` is not installed.
+      FileFormatError: tokenizer.json is malformed.
+      StructureError: the tokenizer has ids that the model's embedding does not.
+    """
+    path = Path(folder) / "tokenizer.json"
+    if not path.is_file():
+        other = next(
+            (n for n in ("spiece.model", "tokenizer.model", "vocab.txt") if path.with_name(n).exists()), None
+        )
+        hint = f"; `{other}` alone is not read, save it with transformers' fast tokenizer" if other else ""
+        raise UsageError(f"`{folder}` has no tokenizer.json{hint}")
+    try:
+        import tokenizers
+    except ImportError:
+        raise UsageError("text needs the package `tokenizers`; install `fishjax[hf]`") from None
+    try:
+        tokenizer = tokenizers.Tokenizer.from_file(str(path))
+    except Exception as error:  # it raises plain Exceptions
+        raise FileFormatError(f"`{path}` is no tokenizer: {error}") from None
+    largest = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=0)
+    if largest >= model.config["vocab_size"]:
+        raise StructureError(
+            f"`{path}` has ids up to {largest}, the model's embedding has {model.config['vocab_size']} rows; "
+            "the tokenizer belongs to another model"
+        )
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    return tokenizer
+
+
+def encode(tokenizer: Any, texts: Sequence[str], model: Model) -> dict[str, np.ndarray]:
+    """Return a right-padded batch of texts: `input_ids` and `attention_mask`, int32 `[B, T]`."""
+    return pad([e.ids for e in tokenizer.encode_batch(list(texts))], model)
+
+
+def pad(rows: Sequence[Sequence[int]], model: Model) -> dict[str, np.ndarray]:
+    """Return rows of ids as a right-padded batch: `input_ids` and `attention_mask`, int32 `[B, T]`.
+
+    Raises:
+      UsageError: an empty row, or an id outside of the model's vocabulary.
+    """
+    size = model.config["vocab_size"]
+    for i, row in enumerate(rows):
+        if not len(row) or not all(0 <= token < size for token in row):
+            raise UsageError(
+                f"prompt {i} must have at least one token, with ids in [0, {size}); got {list(row)[:8]}"
+            )
+    fill = model.config.get("pad_token_id")
+    ids = np.full((len(rows), max(map(len, rows))), 0 if fill is None else fill, np.int32)
+    mask = np.zeros_like(ids)
+    for i, row in enumerate(rows):
+        ids[i, : len(row)], mask[i, : len(row)] = row, 1
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+def until_end(ids: Sequence[int], model: Model) -> list[int]:
+    """Return the ids before the first one that ends a sequence."""
+    ends = set(end_ids(model.config))
+    return list(itertools.takewhile(lambda token: token not in ends, ids))
