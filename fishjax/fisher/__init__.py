@@ -4,9 +4,11 @@
     logits_fn(params, example) -> sampled(logits_fn) labels drawn from the model
                                -> exact(logits_fn)   the expectation over all labels
 
-Each is a `FisherEstimator`: init, update, finalize; `estimate` runs one over batches.
+Each is a `FisherEstimator`: init, update, finalize; `estimate` runs one over batches; `explain` says how
+each leaf's squares are computed.
 """
 
+from fishjax.fisher._auto import explain
 from fishjax.fisher._estimators import FisherEstimator, FisherState, empirical, estimate, exact, sampled
 from fishjax.fisher._legacy import legacy_argmax, legacy_sqrt_sum
 
@@ -16,6 +18,7 @@ __all__ = [
     "empirical",
     "estimate",
     "exact",
+    "explain",
     "legacy_argmax",
     "legacy_sqrt_sum",
     "sampled",

@@ -6,12 +6,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from fishjax import tree
+from fishjax import progress, tree
 from fishjax.errors import UsageError
-from fishjax.fisher import _reference, _scores
+from fishjax.fisher import _auto, _one_pass, _reference, _scores
 from fishjax.types import Array, Batch, Fisher, LogitsFn, LossFn, Params, TokenMask
 
-METHODS = ("auto", "reference")
+_SQUARES = {"one_pass": _one_pass.squares, "reference": _reference.squares}
+METHODS = ("auto", "one_pass", "reference")
 
 
 class FisherState(NamedTuple):
@@ -30,13 +31,17 @@ class FisherEstimator(NamedTuple):
     finalize: Callable[[FisherState], Fisher]  # the mean over examples
 
 
-def empirical(loss_fn: LossFn, *, method: str = "auto", chunk_size: int | None = None) -> FisherEstimator:
+def empirical(
+    loss_fn: LossFn, *, method: str = "auto", chunk_size: int | None = None, memory: int | None = None
+) -> FisherEstimator:
     """Estimate with the labels of the data: the mean of the squared gradient of each example's loss.
 
     Args:
       loss_fn: `(params, example) -> scalar`, nats, for ONE example (no batch axis), summed over tokens.
-      method: "reference" (one gradient an example) or "auto".
-      chunk_size: examples whose gradients are held at once, at least 1.
+      method: "one_pass" (squares formed inside one backward pass), "reference" (one gradient an
+        example) or "auto" (`fisher.explain` tells what it takes, and why). All give the same numbers.
+      chunk_size: examples at a time, at least 1; by default what is fastest or fits.
+      memory: bytes that these may take beside parameters and result, in the place of `chunk_size`.
 
     Raises:
       UsageError: `loss_fn` does not return a scalar; a leaf of the parameters is not floating-point.
@@ -50,7 +55,7 @@ def empirical(loss_fn: LossFn, *, method: str = "auto", chunk_size: int | None =
 
     References: Sung et al., "Training neural networks with fixed sparse masks", arXiv:2111.09839, eq. 5.
     """
-    return _estimator(_scores.of_loss(loss_fn), method, chunk_size)
+    return _estimator(_scores.of_loss(loss_fn), method, chunk_size, memory)
 
 
 def sampled(
@@ -61,6 +66,7 @@ def sampled(
     token_mask: TokenMask | None = None,
     method: str = "auto",
     chunk_size: int | None = None,
+    memory: int | None = None,
 ) -> FisherEstimator:
     """Estimate with labels drawn from the model itself: unbiased for any number of classes.
 
@@ -73,7 +79,7 @@ def sampled(
       likelihood: "categorical", "bernoulli" (independent yes-or-no outputs) or "gaussian".
       num_samples: draws per example, at least 1; each costs one backward pass.
       token_mask: `example -> bool [T]`: the tokens that count.
-      method, chunk_size: as for `empirical`.
+      method, chunk_size, memory: as for `empirical`.
 
     Raises:
       UsageError: no key was given; the logits have another rank; the token mask selects nothing.
@@ -89,7 +95,7 @@ def sampled(
     _check_choice("likelihood", likelihood, _scores.LIKELIHOODS)
     _check_positive("num_samples", num_samples)
     scores = _scores.of_sampled(logits_fn, likelihood, token_mask, num_samples)
-    return _estimator(scores, method, chunk_size, needs_key=True)
+    return _estimator(scores, method, chunk_size, memory, needs_key=True)
 
 
 def exact(
@@ -100,6 +106,7 @@ def exact(
     max_rows: int = 256,
     method: str = "auto",
     chunk_size: int | None = None,
+    memory: int | None = None,
 ) -> FisherEstimator:
     """Take the expectation over the model's labels exactly.
 
@@ -109,7 +116,7 @@ def exact(
     Args:
       logits_fn, likelihood, token_mask: as for `sampled`.
       max_rows: the most backward passes an example may need.
-      method, chunk_size: as for `empirical`.
+      method, chunk_size, memory: as for `empirical`.
 
     Raises:
       UsageError: more than `max_rows` backward passes would be needed (use `sampled`).
@@ -124,7 +131,9 @@ def exact(
     """
     _check_choice("likelihood", likelihood, _scores.LIKELIHOODS)
     _check_positive("max_rows", max_rows)
-    return _estimator(_scores.of_exact(logits_fn, likelihood, token_mask, max_rows), method, chunk_size)
+    return _estimator(
+        _scores.of_exact(logits_fn, likelihood, token_mask, max_rows), method, chunk_size, memory
+    )
 
 
 def estimate(
@@ -149,7 +158,7 @@ def estimate(
     update = jax.jit(estimator.update, donate_argnums=0)
     state = estimator.init(params)
     checked = False
-    for batch in batches:
+    for batch in progress.track(batches, description="Fisher"):
         state = update(state, params, batch, key)
         if not checked or state.silent > 0:  # what is wrong at once should not cost an hour
             estimator.finalize(state)
@@ -159,19 +168,23 @@ def estimate(
     return estimator.finalize(state)
 
 
-def _estimator(scores, method, chunk_size, needs_key=False) -> FisherEstimator:
+def _estimator(scores, method, chunk_size, memory, needs_key=False) -> FisherEstimator:
     _check_choice("method", method, METHODS)
-    if chunk_size is not None:
-        _check_positive("chunk_size", chunk_size)
+    for name, value in (("chunk_size", chunk_size), ("memory", memory)):
+        if value is not None:
+            _check_positive(name, value)
 
     def update(state: FisherState, params: Params, batch: Batch, key: Array | None = None) -> FisherState:
         check_params(params)
         if needs_key and key is None:
             raise UsageError("this estimator draws labels: pass `key=jax.random.key(seed)`")
         size = batch_size(batch)
-        scores.check(jax.eval_shape(scores.output, params, jax.tree.map(_first, batch)))
+        example = jax.tree.map(_first, batch)
+        scores.check(jax.eval_shape(scores.output, params, example))
+        choice = _auto.choose(scores, params, example, method, chunk_size, memory)
+        squares = _SQUARES[choice.method]
         # As many chunks as needed, all of one size: fewer examples pad than there are chunks.
-        chunks = -(-size // (chunk_size or 1))
+        chunks = -(-size // choice.chunk_size)
         each = -(-size // chunks)
         place = jnp.arange(chunks * each, dtype=jnp.int32).reshape(chunks, each)
 
@@ -182,7 +195,7 @@ def _estimator(scores, method, chunk_size, needs_key=False) -> FisherEstimator:
                 None if key is None else jax.vmap(lambda i: jax.random.fold_in(key, i))(state.count + index)
             )
             total, silent = carry
-            more = _reference.squares(scores, params, part, keys, weights)
+            more = squares(scores, params, part, keys, weights)
             new = jax.vmap(scores.is_silent)(part) & weights
             return (jax.tree.map(jnp.add, total, more), silent + new.sum(dtype=jnp.int32)), None
 
@@ -195,7 +208,7 @@ def _estimator(scores, method, chunk_size, needs_key=False) -> FisherEstimator:
 def init(params: Params) -> FisherState:
     """Return the state before the first example."""
     check_params(params)
-    total = jax.tree.map(lambda p: jnp.zeros(p.shape, _scores.wide(p.dtype)), params)
+    total = jax.tree.map(lambda p: jnp.zeros(p.shape, tree.wide_dtype(p.dtype)), params)
     return FisherState(total, jnp.int32(0), jnp.int32(0))
 
 

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from fishjax.fisher._estimators import FisherEstimator, FisherState, batch_size, finalize, init
-from fishjax.fisher._reference import square
+from fishjax.fisher._squares import square
 from fishjax.types import Array, LogitsFn
 
 

@@ -3,7 +3,8 @@
 import jax
 import jax.numpy as jnp
 
-from fishjax.fisher._scores import Scores, wide
+from fishjax.fisher._scores import Scores
+from fishjax.fisher._squares import square
 from fishjax.types import Array, Batch, Fisher, Params
 
 
@@ -26,11 +27,6 @@ def squares(scores: Scores, params: Params, batch: Batch, keys: Array | None, co
         return sum_rows(row, scores.rows(out.shape))
 
     return jax.tree.map(lambda x: x.sum(0), jax.vmap(one)(batch, keys, counts))
-
-
-def square(gradient: Array) -> Array:
-    """Return the square of a gradient, in max(float32, its dtype)."""
-    return jnp.square(gradient.astype(wide(gradient.dtype)))
 
 
 def sum_rows(row, count: int):

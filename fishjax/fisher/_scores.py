@@ -12,6 +12,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from fishjax import tree
 from fishjax.errors import UsageError
 from fishjax.types import Array, Example, LogitsFn, LossFn, TokenMask
 
@@ -56,7 +57,7 @@ def of_exact(logits_fn: LogitsFn, likelihood: str, token_mask: TokenMask | None,
         return count
 
     def row(logits, example, key, k):
-        logits = logits.astype(wide(logits.dtype))
+        logits = logits.astype(tree.wide_dtype(logits.dtype))
         tokens = jnp.atleast_2d(logits)  # [T, C]
         each = tokens.shape[1] - (likelihood == "categorical")
         t, c = k // each, k % each
@@ -70,7 +71,7 @@ def of_sampled(logits_fn: LogitsFn, likelihood: str, token_mask: TokenMask | Non
     """`label - mean` for labels drawn from the model, all tokens at once: cross terms have mean zero."""
 
     def row(logits, example, key, k):
-        logits = logits.astype(wide(logits.dtype))
+        logits = logits.astype(tree.wide_dtype(logits.dtype))
         s = _DRAWN[likelihood](jax.random.fold_in(key, k), logits) / math.sqrt(draws)
         return _masked(jnp.atleast_2d(s), example, token_mask).reshape(logits.shape)
 
@@ -158,11 +159,6 @@ def _check_logits(likelihood: str, token_mask: TokenMask | None) -> Callable[[ja
             )
 
     return check
-
-
-def wide(dtype) -> jnp.dtype:
-    """Return max(float32, dtype)."""
-    return jnp.dtype(dtype) if jnp.dtype(dtype).itemsize >= 4 else jnp.dtype(jnp.float32)
 
 
 def _show(out) -> str:

@@ -10,10 +10,39 @@ from typing import Any
 
 import jax
 
-from fishjax.leaves._factored import LowRank, Scaled
-from fishjax.leaves._interpreter import interpret, is_leaf
+from fishjax.leaves._factored import LowRank, Scaled, is_row_take, regroup
+from fishjax.leaves._interpreter import (
+    CALLS,
+    Equation,
+    Path,
+    enterable,
+    equations,
+    evaluate,
+    inner_jaxpr,
+    interpret,
+    is_leaf,
+    scan_parts,
+    shape_of,
+)
 
-__all__ = ["LowRank", "Scaled", "interpret", "is_leaf", "materialised"]
+__all__ = [
+    "CALLS",
+    "Equation",
+    "LowRank",
+    "Path",
+    "Scaled",
+    "enterable",
+    "equations",
+    "evaluate",
+    "inner_jaxpr",
+    "interpret",
+    "is_leaf",
+    "is_row_take",
+    "materialised",
+    "regroup",
+    "scan_parts",
+    "shape_of",
+]
 
 
 def materialised(fn: Callable[..., Any]) -> Callable[..., list[str]]:

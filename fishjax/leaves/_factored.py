@@ -64,7 +64,7 @@ class Scaled:
             return [dataclasses.replace(self, w=equation.bind({**values, variable: self.w})[0])]
         if equation.name == "dot_general":
             return self._dot(equation, operands, values, variable, at)
-        if equation.name == "gather" and is_row_take(equation):
+        if is_row_take(equation):
             ids = operands[1][..., 0]
             return [_times(equation.bind({**values, variable: self.w})[0], _rows(self.scale, ids))]
         return None
@@ -134,7 +134,7 @@ class LowRank:
             return [dataclasses.replace(self, w=equation.bind({**values, variable: self.w})[0])]
         if equation.name == "dot_general":
             return self._dot(equation, operands[1 - at], values, variable, at)
-        if equation.name == "gather" and is_row_take(equation):
+        if is_row_take(equation):
             ids = operands[1][..., 0]
             (y,) = equation.bind({**values, variable: self.w})
             letters = [_letter(d) for d in range(y.ndim)]
@@ -183,7 +183,9 @@ class _Dims:
 
 
 def is_row_take(equation: Equation) -> bool:
-    """Say whether a `gather` takes whole rows of its first axis, the rows' axes coming last."""
+    """Say whether an equation looks up whole rows of its first operand, the rows' axes coming last."""
+    if equation.name != "gather":
+        return False
     numbers, sizes = equation.params["dimension_numbers"], equation.params["slice_sizes"]
     shape, result = shape_of(equation.eqn.invars[0]), shape_of(equation.eqn.outvars[0])
     rest = len(shape) - 1

@@ -109,8 +109,7 @@ def evaluate(
         if not any(map(is_leaf, values.values())):
             outputs = equation.bind(values)
         elif equation.name in CALLS:
-            inner = equation.params.get("jaxpr") or equation.params["call_jaxpr"]
-            outputs = _enter(inner, equation.operands(values), equation.path, on_materialise)
+            outputs = _enter(inner_jaxpr(equation), equation.operands(values), equation.path, on_materialise)
         elif equation.name in _ENTER and enterable(equation):
             outputs = _ENTER[equation.name](equation, equation.operands(values), on_materialise)
         else:
@@ -128,6 +127,11 @@ def equations(jaxpr: Jaxpr, path: Path = ()) -> Iterator[Equation]:
             needed |= {v for v in eqn.invars if not isinstance(v, Literal)}
             alive.append(Equation(eqn, jaxpr, (*path, i)))
     return reversed(alive)
+
+
+def inner_jaxpr(equation: Equation) -> ClosedJaxpr:
+    """Return the jaxpr of one of the `CALLS`."""
+    return equation.params.get("jaxpr") or equation.params["call_jaxpr"]
 
 
 def shape_of(variable: Var | Literal) -> tuple[int, ...]:
