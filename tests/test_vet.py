@@ -181,6 +181,8 @@ def test_limits_of_size_and_place_are_held(world):
 
 def test_a_change_of_zeros_is_no_small_change(world):
     base = {"w": jnp.zeros(3), "v": jnp.ones(3)}
+    idle = vet.size(vet.Context({"w": patches.Dense(-base["w"])}, base))  # -0.0 for 0.0
+    assert idle.exit_code == 1 and "changes nothing" in idle.summary
     for name, norm, code in (("w", np.inf, 1), ("v", 1.0, 0)):
         patch = {name: patches.Dense(base[name] + jnp.ones(3))}
         size = vet.size(vet.Context(patch, base, policy=vet.policy({"max_relative_norm": 100})))

@@ -21,7 +21,7 @@ CHUNK = 1 << 22  # entries compared at a time
 class Moved(NamedTuple):
     """How much of some leaves changes; sums of squares in float64."""
 
-    changed: int = 0
+    changed: int = 0  # entries of which a bit changes
     entries: int = 0
     delta: float = 0.0  # sum of squared changes
     theta: float = 0.0  # sum of squared weights, before
@@ -65,7 +65,7 @@ def size(context: Context) -> Finding:
     }
     names = {target for name, change in changes.items() for target in touched(name, change)}
     faults = _over(context, measured) + _misplaced(context, names, specs.keys())
-    if not total.changed:
+    if total.delta == 0:  # a zero that only changes its sign is no change
         faults.append("the patch changes nothing")
     finite = math.isfinite(total.delta)
     if not finite:
@@ -102,15 +102,21 @@ def _moved(old: Array, new: np.ndarray, fisher: Array | None) -> Moved:
     weight = None if fisher is None else np.asarray(fisher).reshape(-1)
     total = Moved(entries=old.size)
     for start in range(0, old.size, CHUNK):
-        part = slice(start, start + CHUNK)
-        before, after = old[part].astype(np.float64), new[part].astype(np.float64)
+        before, after = old[start : start + CHUNK], new[start : start + CHUNK]
+        where = np.flatnonzero(_bits(before) != _bits(after))
+        wide = before.astype(np.float64)
         with np.errstate(invalid="ignore", over="ignore"):
-            square = (after - before) ** 2
-            curved = 0.0 if weight is None else 0.5 * float(square @ weight[part].astype(np.float64))
-            total += Moved(
-                int((after != before).sum()), 0, float(square.sum()), float(before @ before), curved
-            )
+            square = (after[where].astype(np.float64) - wide[where]) ** 2
+            curved = 0.0
+            if weight is not None:
+                curved = 0.5 * float(square @ weight[start + where].astype(np.float64))
+            total += Moved(len(where), 0, float(square.sum()), float(wide @ wide), curved)
     return total
+
+
+def _bits(array: np.ndarray) -> np.ndarray:
+    """Return an array's bits as integers: they compare ten times faster than bfloat16 does."""
+    return array.view(f"u{array.dtype.itemsize}")
 
 
 def _over(context: Context, measured: dict[str, Any]) -> list[str]:
