@@ -8,7 +8,7 @@ from typing import Any
 HELP = "convert a model (hf, orbax) or a patch (peft, patch) into another format"
 
 # Beside the weights, what a model folder needs to be loaded again.
-_CARRIED = ("*config.json", "*.jinja", "tokenizer*", "special_tokens_map.json", "vocab.*", "merges.txt")
+_CARRIED: tuple[str, ...] = ("*config.json", "*.jinja", "tokenizer*", "special_tokens_map.json", "vocab.*", "merges.txt")
 _CARRIED += ("spiece.model", "*.md", "LICENSE*")
 
 
