@@ -243,7 +243,7 @@ def test_memory_is_bounded_by_the_largest_tensor(tmp_path):
     checkpoint.save_params(tmp_path / "base.safetensors", tensors)
     for i, x in enumerate(tensors.values()):
         x[0, i] = -1
-        if i == 3:
+        if i % 2:  # ten tensors are stored whole
             x[:] = 7
     checkpoint.save_params(tmp_path / "tuned.safetensors", tensors)
     script = (

@@ -129,6 +129,7 @@ def tensors(**held_by):
         "tied nonsense 3": (edit("changes", "v", "static", "tied", value=[["u", 3]]), "contradicts itself"),
         "tied nonsense 4": (edit("changes", "v", "static", "tied", value=[["u", ["3"]]]), "contradicts"),
         "tied to a patched leaf": (edit("changes", "v", "static", "tied", value=[["w", [1]]]), "w"),
+        "tied, other size": (edit("changes", "v", "static", "tied", value=[["u", [1]]]), "cannot be shaped"),
         "tied twice": (edit("changes", "v", "static", "tied", value=[["u", [3]], ["u", [3]]]), "both"),
         "parameter": (edit("changes", "w", "indices", "parameter", value=70), "malformed"),
         "parameter negative": (edit("changes", "w", "indices", "parameter", value=-1), "malformed"),
@@ -236,3 +237,17 @@ def test_rice_at_the_edges(positions):
     np.testing.assert_array_equal(_rice.decode(stream, k, len(array)), array)
     with pytest.raises(ValueError):
         _rice.decode(np.append(stream, np.uint8(0)), k, len(array))
+
+
+@pytest.mark.parametrize(
+    "stream, k, count",
+    {
+        "padding of the low bits": ([0x81, 0x80], 1, 1),
+        "a high part beyond 2^62": ([0] * 8 + [0b00001000], 60, 1),
+        "a sum beyond 2^63": ([255] * 31 + [0b11110000], 62, 4),
+    }.values(),
+    ids=lambda x: "",
+)
+def test_rice_streams_that_would_wrap(stream, k, count):
+    with pytest.raises(ValueError, match=r"stream does not hold|beyond 2\^6"):
+        _rice.decode(np.array(stream, np.uint8), k, count)

@@ -107,7 +107,9 @@ def test_small_floats_and_minus_zero_are_kept(tmp_path):
     assert got.tobytes() == values.tobytes()
 
 
-@pytest.mark.parametrize("indices", [[16], [-1], [3, 2], [3, 3], [2**32 + 5], [2**62]], ids=lambda x: str(x))
+@pytest.mark.parametrize(
+    "indices", [[16], [-1], [3, 2], [3, 3], [2**32 + 5], [2**62], [0, 2**63 - 1, -2, 3]], ids=lambda x: str(x)
+)
 def test_bad_indices_are_refused_before_writing(tmp_path, indices):
     bad = {"w": patches.Sparse(np.array(indices, np.int64), np.zeros(len(indices), np.float32))}
     with pytest.raises(StructureError, match="`w`"):

@@ -96,7 +96,8 @@ def test_a_failed_apply_leaves_nothing(tmp_path, monkeypatch):
             assert left == before
 
     write = lambda: checkpoint.apply_file(tmp_path / "p", tmp_path / "base", out)
-    assert fail_at_each_step(monkeypatch, write, check) >= 8
+    # the configuration's fsync; header, tensor, fsync, rename, fsync; fsync of the folder, rename, fsync
+    assert fail_at_each_step(monkeypatch, write, check) == 9
 
 
 @pytest.mark.parametrize("write", ["patch", "fisher", "mask"])

@@ -90,7 +90,7 @@ def _check_sparse(name, specs: Mapping[str, Spec], indices: np.ndarray, values: 
     if indices.size and int(indices.max()) >= 1 << 63:
         return f"its indices reach {indices.max()}, the leaf has {size} entries"
     where = indices.astype(np.int64)
-    if (np.diff(where) <= 0).any():
+    if (where[1:] <= where[:-1]).any():  # not their difference, which could wrap
         return "its indices are not strictly increasing"
     if where.size and (where[0] < 0 or where[-1] >= size):
         return f"its indices reach from {where[0]} to {where[-1]}, the leaf has {size} entries"

@@ -52,7 +52,7 @@ def decode(stream: np.ndarray, k: int, count: int) -> np.ndarray:
     for column in range(k):
         gaps |= columns[:, column].astype(np.int64) << (k - 1 - column)
     positions = np.cumsum(gaps + 1) - 1
-    if count and (positions[0] < 0 or (np.diff(positions) <= 0).any()):  # the sum went beyond int64
+    if count and (positions[0] < 0 or (positions[1:] <= positions[:-1]).any()):  # the sum went beyond int64
         raise ValueError("a position lies beyond 2^63")
     return positions
 
