@@ -637,6 +637,20 @@ def test_text_is_encoded_by_the_models_own_tokenizer(tmp_path):
     words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"[UNK]": 0, "a": 1, "b": 2}, unk_token="[UNK]"))
     words.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
     words.save(str(tmp_path / "tokenizer.json"))
+    config = {
+        "model_type": "bert",
+        "vocab_size": 3,
+        "hidden_size": 4,
+        "num_attention_heads": 1,
+        "pad_token_id": 0,
+    }
+    config |= {
+        "num_hidden_layers": 1,
+        "intermediate_size": 4,
+        "max_position_embeddings": 8,
+        "type_vocab_size": 2,
+    }
+    (tmp_path / "config.json").write_text(json.dumps(config))
     (tmp_path / "t.jsonl").write_text(
         '{"pack": {"kind": "inv", "owner": "contributor"}}\n'
         '{"text": "a b", "changed": "b", "slices": ["s"]}\n{"text": "b", "changed": "a c b"}\n'

@@ -29,11 +29,13 @@ def load_text_pack(path: str | Path, *, model: str | Path | None) -> Pack:
     """
     path = Path(path)
     rows, about = _rows(path)
-    encode = _encoder(path, model)
-    arrays: dict[str, np.ndarray] = encode([(r["text"], r.get("text_pair")) for r in rows])
+    texts = [(r["text"], r.get("text_pair")) for r in rows]
     if any("changed" in r for r in rows):
-        altered = encode([(_need(path, r, "changed"), r.get("text_pair")) for r in rows])
-        arrays = _padded(arrays, altered)
+        texts += [(_need(path, r, "changed"), r.get("text_pair")) for r in rows]
+    coded = _encode(path, texts, model)  # at once, so that both have one length and one program
+    n = len(rows)
+    arrays = {k: x[:n] for k, x in coded.items()}
+    arrays |= {f"changed.{k}": x[n:] for k, x in coded.items() if len(texts) > n}
     if any("label" in r for r in rows):
         arrays["label"] = np.array([_need(path, r, "label") for r in rows], np.int32)
     for name in sorted({s for r in rows for s in r.get("slices", [])}):
@@ -83,37 +85,22 @@ def _need(path: Path, row: Mapping[str, Any], key: str) -> Any:
     return row[key]
 
 
-def _encoder(path: Path, model: str | Path | None) -> Any:
-    """Return a function from texts to `input_ids` and `attention_mask`, right-padded."""
-    file = None if model is None else Path(model) / "tokenizer.json"
-    if file is None or not file.is_file():
+def _encode(
+    path: Path, texts: list[tuple[str, str | None]], folder: str | Path | None
+) -> dict[str, np.ndarray]:
+    """Return texts as a right-padded batch, as the model of a folder reads them."""
+    if folder is None or not (Path(folder) / "tokenizer.json").is_file():
         raise UsageError(
             f"`{path}` is text, and the base has no tokenizer.json to encode it; "
             "give the model's folder, or a NAME.safetensors pack of token ids"
         )
-    try:
-        from tokenizers import Tokenizer
-    except ImportError:
-        raise UsageError(f"`{path}` is text; to encode it, install `fishjax[hf]`") from None
-    tokenizer = Tokenizer.from_file(str(file))
-    tokenizer.no_padding()
+    from fishjax.models import build, load_tokenizer, pad
+    from fishjax.models._model import read_config
 
-    def encode(texts: list[tuple[str, str | None]]) -> dict[str, np.ndarray]:
-        coded = tokenizer.encode_batch([a if b is None else (a, b) for a, b in texts])
-        ids = np.zeros((len(coded), max(len(c.ids) for c in coded)), np.int32)
-        mask, segments = np.zeros_like(ids), np.zeros_like(ids)
-        for row, c in enumerate(coded):
-            ids[row, : len(c.ids)] = c.ids
-            mask[row, : len(c.ids)] = 1
-            segments[row, : len(c.ids)] = c.type_ids
-        arrays = {"input_ids": ids, "attention_mask": mask}
-        return arrays | ({"token_type_ids": segments} if segments.any() else {})
-
-    return encode
-
-
-def _padded(first: dict[str, np.ndarray], changed: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Bring texts and altered texts to one length, so that one program takes both."""
-    length = max(x.shape[1] for x in (*first.values(), *changed.values()))
-    pad = lambda x: np.pad(x, ((0, 0), (0, length - x.shape[1])))
-    return {k: pad(x) for k, x in first.items()} | {f"changed.{k}": pad(x) for k, x in changed.items()}
+    model = build(read_config(Path(folder) / "config.json"))
+    coded = load_tokenizer(folder, model).encode_batch([a if b is None else (a, b) for a, b in texts])
+    batch = pad([c.ids for c in coded], model)
+    segments = np.zeros_like(batch["input_ids"])
+    for row, c in enumerate(coded):
+        segments[row, : len(c.ids)] = c.type_ids
+    return batch | ({"token_type_ids": segments} if segments.any() else {})
