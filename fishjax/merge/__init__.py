@@ -11,6 +11,7 @@ from fishjax.merge._files import estimate, files
 from fishjax.merge._fisher import FISHER, fisher
 from fishjax.merge._gradient_matching import GRADIENT_MATCHING, gradient_matching
 from fishjax.merge._model_stock import MODEL_STOCK, model_stock
+from fishjax.merge._recipe import estimate_recipe, find_dtype, run_recipe
 from fishjax.merge._slerp import NUSLERP, SLERP, nuslerp, slerp
 from fishjax.merge._task import TASK_ARITHMETIC, WISE_FT, task_arithmetic, wise_ft
 from fishjax.merge._ties import TIES, ties
@@ -35,11 +36,14 @@ __all__ = [
     "breadcrumbs",
     "dare",
     "estimate",
+    "estimate_recipe",
     "files",
+    "find_dtype",
     "fisher",
     "gradient_matching",
     "model_stock",
     "nuslerp",
+    "run_recipe",
     "slerp",
     "task_arithmetic",
     "ties",

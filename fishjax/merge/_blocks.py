@@ -58,12 +58,11 @@ class Buffers:
     def read_wide(self, slot: Hashable, tensor: Tensor, start: int, stop: int, dtype: np.dtype) -> np.ndarray:
         """Return entries `start` to `stop` of a tensor in a wider dtype."""
         data = self.read(slot, tensor, start, stop)
-        if data.dtype == _BFLOAT16 and dtype == _FLOAT32:
-            # A bfloat16 is the upper half of a float32; the lower halves of this slot stay zero.
-            wide = self.get((slot, "upper halves"), data.size, dtype)
-            wide.view(np.uint16)[1::2] = data.view(np.uint16)
-            return wide
-        return data.astype(dtype, copy=False)
+        if data.dtype == dtype:
+            return data
+        wide = self.get((slot, "wide"), data.size, dtype)
+        np.copyto(wide, data)
+        return wide
 
 
 def narrow(values: np.ndarray, dtype: np.dtype) -> np.ndarray:
@@ -79,7 +78,9 @@ def narrow(values: np.ndarray, dtype: np.dtype) -> np.ndarray:
     rounded &= np.uint32(1)
     rounded += np.uint32(0x7FFF)
     rounded += bits
-    narrowed = rounded.view(np.uint16)[1::2].copy()
-    if np.isnan(values.sum()):  # a NaN, or infinities of both signs: rounding may carry a NaN to infinity
-        narrowed[np.isnan(values)] = 0x7FC0
+    rounded >>= np.uint32(16)
+    narrowed = rounded.astype(np.uint16)
+    nan = np.isnan(values)
+    if nan.any():  # rounding may carry a NaN to infinity
+        narrowed[nan] = 0x7FC0
     return narrowed.view(dtype)

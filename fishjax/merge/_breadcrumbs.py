@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from fishjax.merge._rule import Block, Options, Rule, deltas, numbers, times
+from fishjax.merge._rule import Block, Options, Rule, deltas, numbers, only, times
 from fishjax.merge._task import check_sum, combined
 from fishjax.merge._ties import check_density
 from fishjax.merge._trees import Keep, merge_trees
@@ -78,10 +78,8 @@ def _counts(n: int, *, density: Sequence[float], gamma: Sequence[float], **_: An
 def _leaf(
     block: Block, *, weights: Sequence[Any], scale: Any, elect: bool, normalize: bool, **_: Any
 ) -> Array:
-    xp = block.models[0].__array_namespace__()
-    zero = xp.asarray(0, dtype=block.models[0].dtype)
     kept = [
-        xp.where((abs(d) <= top) & (abs(d) >= bottom), d, zero)
+        only(d, (abs(d) <= top) & (abs(d) >= bottom))
         for d, (top, bottom) in zip(deltas(block), block.measured, strict=True)
     ]
     return block.base + times(scale, combined(kept, weights, elect=elect, normalize=normalize))

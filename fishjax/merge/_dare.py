@@ -12,6 +12,7 @@ from fishjax.merge._rule import (
     Rule,
     choice,
     deltas,
+    only,
     times,
 )
 from fishjax.merge._task import check_sum, combined
@@ -109,12 +110,8 @@ def _check(
 
 def _kept(block: Block, density: Sequence[float], seed: int) -> list[Array]:
     """Return each model's changes, zero where they are dropped."""
-    xp = block.models[0].__array_namespace__()
-    zero = xp.asarray(0, dtype=block.models[0].dtype)
     return [
-        d
-        if p == 1
-        else xp.where(random_bits(block.positions, seed, block.name, i) < np.uint32(p * 2**32), d, zero)
+        d if p == 1 else only(d, random_bits(block.positions, seed, block.name, i) < np.uint32(p * 2**32))
         for i, (d, p) in enumerate(zip(deltas(block), density, strict=True))
     ]
 

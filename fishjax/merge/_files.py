@@ -6,11 +6,12 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from fishjax.checkpoint._digest import root
-from fishjax.errors import UsageError
 from fishjax.merge._card import model_card
-from fishjax.merge._output import Output, carry, write_texts
-from fishjax.merge._plan import Cost, File, Job, cost, key_of, open_tensors, plan, same_file
+from fishjax.merge._output import Output, carry, refuse_inputs, write_texts
+from fishjax.merge._plan import Cost, File, Job, cost, key_of, open_tensors, plan
 from fishjax.merge._rule import Rule
 from fishjax.merge._stream import BLOCK, THREADS, Engine, Piece, hash_tensor
 from fishjax.merge._trees import Keep
@@ -72,14 +73,14 @@ def files(
     given = {"method": name, "models": [os.fspath(i) for i in inputs], **_recipe(options)}
     given |= {"base": os.fspath(base)} if base is not None else {}
     given |= {"keep": [list(k) for k in keep]} if keep else {}
-    given |= {"dtype": str(dtype)} if dtype is not None else {}
+    given |= {"dtype": str(np.dtype(dtype))} if dtype is not None else {}
     with ExitStack() as stack:
         jobs = plan(stack, method, inputs, base=base, keep=keep, dtype=dtype, **options)
         sources = [*inputs, *([base] if base is not None else [])]
-        for source in [*sources, *_paths(options)]:
-            if same_file(source, out):
-                raise UsageError(f"`{out}` is an input, or lies in one, or holds one; give another output")
+        refuse_inputs(out, [*sources, *_paths(options)])
         more: dict[str, Any] = {"digests": digests, "block": block, "threads": threads}
+        if dtype is not None:
+            more["config"] = {"dtype": given["dtype"]}
         return run_jobs(jobs, out, given, sources=sources, carried=sources[-1], **more)
 
 
@@ -97,7 +98,7 @@ def estimate(
     """Return what `files` would read, write and hold with the same arguments; reads headers only."""
     with ExitStack() as stack:
         jobs = plan(stack, method, inputs, base=base, keep=keep, dtype=dtype, **options)
-        return cost(jobs, _rules(), block, threads)
+        return cost(jobs, rules(), block, threads)
 
 
 def run_jobs(
@@ -107,12 +108,20 @@ def run_jobs(
     *,
     sources: Sequence[File],
     carried: File,
+    config: Mapping[str, Any] | None = None,
     digests: bool = True,
     block: int = BLOCK,
     threads: int = THREADS,
 ) -> Digest:
-    """Carry out jobs, write card and recipe where `out` is a folder, and return the content id."""
-    engine = Engine(jobs, _rules(), block=block, threads=threads)
+    """Carry out jobs, write card and recipe where `out` is a folder, and return the content id.
+
+    Args:
+      recipe: what was asked for, for the card.
+      sources: the models that go in.
+      carried: the one whose configuration and tokenizer go along.
+      config: what changes in the configuration, see `carry`.
+    """
+    engine = Engine(jobs, rules(), block=block, threads=threads)
     output = None
     try:
         output = Output(out, {j.name: j.spec for j in jobs}, key_of(jobs, block=engine.block, out=str(out)))
@@ -133,7 +142,7 @@ def run_jobs(
         digest = _digest(engine, output.tensors) if digests else ""
         if not output.is_file:
             ids = [_digest_files(engine, path) for path in sources] if digests else [""] * len(sources)
-            carry(Path(carried), output.partial)
+            carry(Path(carried), output.partial, **(config or {}))
             named = [(os.fspath(path), id) for path, id in zip(sources, ids, strict=True)]
             write_texts(output.partial, model_card(recipe, named, digest))
         output.finish()
@@ -160,7 +169,7 @@ def _digest_files(engine: Engine, path: File) -> Digest:
         return _digest(engine, open_tensors(stack, path))
 
 
-def _rules() -> Mapping[str, Rule]:
+def rules() -> Mapping[str, Rule]:
     from fishjax import merge
 
     return merge.METHODS

@@ -66,21 +66,25 @@ def _leaf(block: Block, *, weights: Sequence[Any], floor: float, normalize: bool
     # A running weighted mean: the same formula, but its ratios are in [0, 1], so products of tiny or
     # huge Fishers leave no range, and where one model alone knows an entry its value comes out exactly.
     xp = block.models[0].__array_namespace__()
-    one, least = (xp.asarray(x, dtype=block.models[0].dtype) for x in (1.0, floor))
+    least = xp.asarray(floor, dtype=block.models[0].dtype)
     if normalize:
         weights = [_per_norm(w, s, i) for i, (w, s) in enumerate(zip(weights, block.measured, strict=True))]
     masses = [
         times(w, xp.maximum(f, least) if favor in (None, i) else f)
         for i, (w, f) in enumerate(zip(weights, block.beside["fishers"], strict=True))
     ]
+    sure = floor > 0 and favor is None and all(isinstance(w, float) and w > 0 for w in weights)
     mean, mass = block.models[0], masses[0]
     if favor:
         mean = xp.where(mass > 0, mean, block.models[favor])
     for x, more in zip(block.models[1:], masses[1:], strict=True):
         total = mass + more
-        known = total > 0
-        safe = xp.where(known, total, one)
-        mean = mean * (xp.where(known, mass, one) / safe) + x * (more / safe)
+        if sure:
+            mean = mean * (mass / total) + x * (more / total)
+        else:
+            unknown = (total <= 0).astype(total.dtype)  # one where nobody knows anything: `mean` stays
+            safe = total + unknown
+            mean = mean * ((mass + unknown) / safe) + x * (more / safe)
         mass = total
     return mean
 

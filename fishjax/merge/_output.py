@@ -9,7 +9,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +19,10 @@ from fishjax.checkpoint._atomic import atomic_file, refuse_existing, sync, write
 from fishjax.checkpoint._dtypes import Spec, dtype_name, num_bytes
 from fishjax.checkpoint._params import INDEX, SHARD_BYTES, SINGLE
 from fishjax.checkpoint._safetensors import bad_name
-from fishjax.errors import StructureError
+from fishjax.errors import StructureError, UsageError
 from fishjax.merge._blocks import Tensor
 
+CONFIG = "config.json"
 JOURNAL = "journal.json"
 SECONDS = 2.0  # between two entries of the journal; each waits for the disk
 
@@ -157,19 +158,38 @@ def _layout(specs: Mapping[str, Spec]) -> tuple[bytes, dict[str, int]]:
     return len(text).to_bytes(8, "little") + text, offsets
 
 
-def carry(source: Path, folder: Path) -> list[str]:
-    """Copy a model folder's small files (configuration, tokenizer) beside the weights; name them."""
-    carried = []
+def carry(source: Path, folder: Path, *, layers: int | None = None, dtype: str | None = None) -> None:
+    """Copy a model folder's small files (configuration, tokenizer) beside the weights.
+
+    Args:
+      layers: how many layers the configuration is to name, where it is another number.
+      dtype: what it is to name as dtype.
+    """
     for path in sorted(source.iterdir()) if source.is_dir() else []:
         plain = path.is_file() and not path.is_symlink() and not path.name.startswith(".")
-        if (
-            plain
-            and path.suffix in (".json", ".txt", ".model", ".jinja")
-            and not path.name.endswith(".index.json")
-        ):
+        text = path.suffix in (".json", ".txt", ".model", ".jinja")
+        if plain and text and not path.name.endswith(".index.json"):
             shutil.copyfile(path, folder / path.name)
-            carried.append(path.name)
-    return carried
+    if (folder / CONFIG).exists() and (layers is not None or dtype is not None):
+        config = json.loads((folder / CONFIG).read_bytes())
+        if layers is not None:
+            config |= {k: layers for k in ("num_hidden_layers", "num_layers", "n_layer") if k in config}
+        if dtype is not None:
+            config |= {k: dtype for k in ("torch_dtype", "dtype") if k in config}
+        (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+
+
+def refuse_inputs(out: str | os.PathLike, inputs: Iterable[str | os.PathLike]) -> None:
+    """Raise if an output is one of the inputs, lies in one or holds one.
+
+    Raises:
+      UsageError: naming the output.
+    """
+    new = Path(out).resolve()
+    for path in inputs:
+        old = Path(path).resolve()
+        if new == old or new in old.parents or old in new.parents:
+            raise UsageError(f"`{out}` is an input, or lies in one, or holds one; give another output")
 
 
 def write_texts(folder: Path, texts: Mapping[str, str]) -> None:

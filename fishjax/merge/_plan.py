@@ -7,7 +7,6 @@ import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -200,9 +199,3 @@ def _near(
     if len(paths) != n:
         raise UsageError(f"`{word}` must be one for each of the {n} models; got {len(paths)}")
     return [_beside(stack, p, wanted, f"`{word}` of model {i}") for i, p in enumerate(paths)]
-
-
-def same_file(a: File, b: File) -> bool:
-    """Say whether two paths are one file, or one lies in the other's folder."""
-    one, two = Path(a).resolve(), Path(b).resolve()
-    return one == two or one in two.parents or two in one.parents

@@ -21,8 +21,9 @@ from fishjax.merge._select import Ranking
 from fishjax.merge._statistics import GRAIN, grain_sums, largest, widen
 from fishjax.merge._trees import check_beside
 
-BLOCK = 1 << 17  # entries; a few of them stay in a core's cache
+BLOCK = 1 << 18  # entries; a few of them stay in a core's cache
 THREADS = 2
+SAMPLE = 1 << 19  # entries of an array that give a first guess of its order
 
 
 class Piece(NamedTuple):
@@ -43,6 +44,9 @@ class Engine:
         self.block = max(1, math.ceil(block / GRAIN)) * GRAIN
         self.measured: list[Sequence[Any]] = [()] * len(jobs)
         self._pool = ThreadPoolExecutor(threads)
+        # The C library learns from the largest piece of memory that is freed how much to keep; otherwise
+        # every temporary array would go back to the system and be taken again, page by page.
+        np.empty(1 << 24, np.uint8)
         self._local = threading.local()
 
     def close(self) -> None:
@@ -58,7 +62,7 @@ class Engine:
 
     def map(self, fn: Callable[[Any], Any], pieces: Sequence[Any]) -> Iterator[Any]:
         """Yield `fn` of every item, in order, computed by the threads; few results wait at a time."""
-        ahead = 64
+        ahead = 8
         futures = [self._pool.submit(fn, p) for p in pieces[:ahead]]
         for i in range(len(pieces)):
             result = futures[i % ahead].result()
@@ -137,7 +141,8 @@ class Engine:
             arrays = ranks(pieces[0]) if pieces else [np.zeros(0, np.float32)] * len(counts)
             return [largest(x, ks) for x, ks in zip(arrays, counts, strict=True)]
         ranking = Ranking(counts)
-        sample = [p._replace(stop=min(p.stop, p.start + 2048)) for p in pieces]
+        few = max(16, SAMPLE // len(pieces))
+        sample = [p._replace(stop=min(p.stop, p.start + few)) for p in pieces]
         ranking.guess([np.concatenate(xs) for xs in zip(*self.map(ranks, sample), strict=True)], size)
         while not ranking.done:
             for found in self.map(lambda piece: ranking.count(ranks(piece)), pieces):

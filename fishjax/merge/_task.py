@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from fishjax.errors import UsageError
-from fishjax.merge._rule import Block, Options, Rule, add_up, check_weights, deltas, number, times
+from fishjax.merge._rule import Block, Options, Rule, add_up, check_weights, deltas, number, only, times
 from fishjax.merge._trees import Keep, merge_trees
 from fishjax.types import Array, Params
 
@@ -81,15 +81,13 @@ def combined(changes: Sequence[Array], weights: Sequence[Any], *, elect: bool, n
     weighted = [times(w, d) for w, d in zip(weights, changes, strict=True)]
     if not elect:
         return add_up(weighted)
-    xp = changes[0].__array_namespace__()
-    zero, one = (xp.asarray(x, dtype=changes[0].dtype) for x in (0, 1))
     positive = add_up(weighted) >= 0
-    agree = [xp.where(positive, d > 0, d < 0) for d in weighted]
-    total = add_up([xp.where(a, d, zero) for a, d in zip(agree, weighted, strict=True)])
+    agree = [((d > 0) == positive) & (d != 0) for d in weighted]
+    total = add_up([only(d, a) for d, a in zip(weighted, agree, strict=True)])
     if not normalize:
         return total
-    mass = add_up([times(w, xp.where(a, one, zero)) for a, w in zip(agree, weights, strict=True)])
-    return total / xp.where(mass > 0, mass, one)
+    mass = add_up([times(w, a.astype(total.dtype)) for a, w in zip(agree, weights, strict=True)])
+    return total / (mass + (mass <= 0).astype(mass.dtype))
 
 
 def _check(n: int, *, weights: Any, scale: float, normalize: bool) -> Options:

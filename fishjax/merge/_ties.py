@@ -11,6 +11,7 @@ from fishjax.merge._rule import (
     deltas,
     number,
     numbers,
+    only,
     times,
 )
 from fishjax.merge._task import check_sum, combined
@@ -86,9 +87,7 @@ def _counts(n: int, *, density: Sequence[float], **_: Any) -> list[list[int]]:
 def _leaf(
     block: Block, *, weights: Sequence[Any], scale: Any, elect: bool, normalize: bool, **_: Any
 ) -> Array:
-    xp = block.models[0].__array_namespace__()
-    zero = xp.asarray(0, dtype=block.models[0].dtype)
-    kept = [xp.where(abs(d) >= cut, d, zero) for d, (cut,) in zip(deltas(block), block.measured, strict=True)]
+    kept = [only(d, abs(d) >= cut) for d, (cut,) in zip(deltas(block), block.measured, strict=True)]
     return block.base + times(scale, combined(kept, weights, elect=elect, normalize=normalize))
 
 

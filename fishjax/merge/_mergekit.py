@@ -1,0 +1,313 @@
+"""mergekit's recipes: its YAML becomes jobs, with its meaning where that differs from the papers.
+
+What it means (`compat`): TIES and Breadcrumbs rank tensor by tensor, DARE restores the L1 norm, SLERP
+takes the chord from a cosine of 0.9995 on, Model Stock may step back. Arithmetic is in float32 at least.
+"""
+
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from fishjax.checkpoint._dtypes import Spec
+from fishjax.errors import StructureError, UsageError
+from fishjax.merge._blocks import Tensor
+from fishjax.merge._plan import Job, find_rule, full_options, open_tensors
+from fishjax.merge._rule import is_inexact
+
+_SUM = {"weight", "normalize", "rescale", "lambda", "int8_mask"}
+METHODS = {  # mergekit's name -> its parameters
+    "linear": {"weight", "normalize"},
+    "slerp": {"t"},
+    "nuslerp": {"weight", "nuslerp_flatten", "nuslerp_row_wise"},
+    "task_arithmetic": _SUM,
+    "ties": _SUM | {"density"},
+    "dare_linear": _SUM | {"density"},
+    "dare_ties": _SUM | {"density"},
+    "breadcrumbs": _SUM | {"density", "gamma"},
+    "breadcrumbs_ties": _SUM | {"density", "gamma"},
+    "model_stock": {"filter_wise"},
+    "passthrough": {"scale"},
+}
+_KEYS = {"merge_method", "base_model", "models", "slices", "parameters", "dtype", "out_dtype"}
+_LAYER = re.compile(r"^(.*?\.)(\d+)(\..*)$")
+_EMBEDDING = re.compile(r"(?i)emb|\bwte\b|\bwpe\b|\bshared\b")  # what comes before the layers
+
+
+class Source(NamedTuple):
+    """One model's part in a slice of the output."""
+
+    path: Path
+    tensors: Mapping[str, Tensor]
+    first: int | None  # its first layer here; None: all of them
+    settings: Mapping[str, Any]
+    is_base: bool
+
+
+class Slice(NamedTuple):
+    """Some layers of the output, and what they are made of."""
+
+    sources: Sequence[Source]
+    layers: int | None  # how many; None: all
+    settings: Mapping[str, Any]
+
+
+class Plan(NamedTuple):
+    """A recipe made ready."""
+
+    jobs: list[Job]
+    sources: list[Path]
+    carried: Path  # whose configuration and tokenizer go along
+    layers: int | None  # where it is another number than before
+
+
+def mergekit_plan(
+    stack: ExitStack,
+    recipe: Mapping[str, Any],
+    find: Callable[[Any], Path],
+    dtype_of: Callable[[Any], np.dtype],
+) -> Plan:
+    """Return the jobs of a recipe in mergekit's form.
+
+    Raises:
+      UsageError: an unknown key, method or parameter; something that is not supported, by name.
+    """
+    method = recipe["merge_method"]
+    if method not in METHODS:
+        raise UsageError(f"mergekit's `{method}` is not supported; there are {', '.join(METHODS)}")
+    _check_keys(recipe)
+    opened: dict[Path, dict[str, Tensor]] = {}
+
+    def open_model(name: Any) -> tuple[Path, dict[str, Tensor]]:
+        path = find(name)
+        if path not in opened:
+            opened[path] = open_tensors(stack, path)
+        return path, opened[path]
+
+    base = open_model(recipe["base_model"])[0] if recipe.get("base_model") is not None else None
+    slices = _slices(recipe, base, open_model, METHODS[method])
+    whole = _settings(recipe, "the recipe", METHODS[method])
+    dtypes = [dtype_of(recipe[k]) for k in ("out_dtype", "dtype") if recipe.get(k) is not None]
+    jobs, layers = [], 0
+    for name, t, piece, tensors in _tensors(slices):
+        get = lambda key, source=None, default=None, t=t, piece=piece, name=name: _resolve(
+            key, name, t, [source.settings if source else None, piece.settings, whole], default
+        )
+        jobs.append(_job(method, name, piece, tensors, get, dtypes[0] if dtypes else None))
+        if found := _LAYER.match(name):
+            layers = max(layers, int(found[2]) + 1)
+    carried = base or slices[0].sources[0].path
+    changed = layers if slices[0].layers is not None else None
+    return Plan(jobs, list(opened), carried, changed)
+
+
+def _check_keys(recipe: Mapping[str, Any]) -> None:
+    keys = set(recipe)
+    if recipe.get("tokenizer_source") == "base" or recipe.get("tokenizer") == {"source": "base"}:
+        keys -= {"tokenizer_source", "tokenizer"}  # it is the base's that goes along
+    for key in sorted(keys - _KEYS):
+        raise UsageError(f"a recipe's key `{key}` is not supported; supported are {', '.join(sorted(_KEYS))}")
+    if ("models" in recipe) == ("slices" in recipe):
+        raise UsageError("a recipe must have `models` or `slices`, not both")
+
+
+def _slices(recipe: Mapping[str, Any], base: Path | None, open_model: Any, known: set[str]) -> list[Slice]:
+    slices = []
+    for entry in recipe.get("slices") or [{"sources": recipe["models"]}]:
+        _check_entry(entry, {"sources", "parameters", "base_model"}, "a slice")
+        own_base = open_model(entry["base_model"])[0] if entry.get("base_model") is not None else base
+        sources, lengths = [], set()
+        for part in entry["sources"]:
+            wanted = {"model", "parameters"} | ({"layer_range"} if "slices" in recipe else set())
+            _check_entry(part, wanted, "a source")
+            path, tensors = open_model(part.get("model"))
+            settings = _settings(part, f"`{path}`", known)
+            first = None
+            if "slices" in recipe:
+                first, stop = _range(part)
+                lengths.add(stop - first)
+            sources.append(Source(path, tensors, first, settings, path == own_base))
+        if "slices" not in recipe and own_base is not None and not any(s.is_base for s in sources):
+            sources.append(Source(own_base, open_model(recipe["base_model"])[1], None, {}, True))
+        if len(lengths) > 1:
+            raise UsageError(f"all sources of a slice must have as many layers; got {sorted(lengths)}")
+        settings = _settings(entry, "a slice", known)
+        slices.append(Slice(sources, next(iter(lengths), None), settings))
+    return slices
+
+
+def _range(part: Mapping[str, Any]) -> tuple[int, int]:
+    span = part.get("layer_range")
+    if not (
+        isinstance(span, list)
+        and len(span) == 2
+        and all(isinstance(i, int) for i in span)
+        and span[0] < span[1]
+    ):
+        raise UsageError(f"`layer_range` must be [first, last + 1]; got {span}")
+    return span[0], span[1]
+
+
+def _check_entry(entry: Any, known: set[str], what: str) -> None:
+    if not isinstance(entry, Mapping):
+        raise UsageError(f"{what} of a recipe must be a mapping; got {entry!r}")
+    for key in entry:
+        if key not in known:
+            raise UsageError(f"{what} of a recipe has no key `{key}`; it has {', '.join(sorted(known))}")
+
+
+def _settings(entry: Mapping[str, Any], what: str, known: set[str]) -> Mapping[str, Any]:
+    settings = entry.get("parameters") or {}
+    for key in settings:
+        if key not in known:
+            raise UsageError(
+                f"{what} sets `{key}`, which the method does not have; it has {', '.join(sorted(known))}"
+            )
+    return settings
+
+
+def _resolve(key: str, name: str, t: float, scopes: Iterable[Mapping[str, Any] | None], default: Any) -> Any:
+    """Return a parameter for a tensor at depth t: the first scope that says anything holds."""
+    for scope in scopes:
+        if scope is not None and key in scope:
+            value = _evaluate(scope[key], name, t)
+            if value is not None:
+                return value
+    if default is None:
+        raise UsageError(f"the recipe sets no `{key}` for `{name}`")
+    return default
+
+
+def _evaluate(setting: Any, name: str, t: float) -> Any:
+    if isinstance(setting, Mapping):
+        setting = [setting]
+    if not isinstance(setting, list):
+        return setting
+    if any(isinstance(s, Mapping) for s in setting):
+        for s in setting:
+            _check_entry(s, {"filter", "value"}, "a filter")
+            if s.get("filter") in (None, "*") or str(s["filter"]) in name:
+                return _evaluate(s["value"], name, t)
+        return None
+    if not setting:
+        return None
+    if not all(isinstance(s, int | float) and not isinstance(s, bool) for s in setting):
+        return setting[int(t * (len(setting) - 1))]
+    place = t * (len(setting) - 1)
+    low = int(place)
+    high = min(len(setting) - 1, low + 1)
+    return (1 - (place - low)) * setting[low] + (place - low) * setting[high]
+
+
+def _tensors(slices: Sequence[Slice]) -> Iterable[tuple[str, float, Slice, list[Tensor]]]:
+    """Yield every output tensor: its name, its depth in [0, 1], its slice, and the tensors it is made of."""
+    head, tail = slices[0], slices[-1]
+    first = head.sources[0].tensors
+    for name in first:
+        if not _LAYER.match(name):
+            piece = head if _EMBEDDING.search(name) else tail
+            yield name, 0.0, piece, [_find(s, name) for s in piece.sources]
+    offset = 0
+    for piece in slices:
+        whole = piece.layers is None
+        lead = piece.sources[0]
+        depths: dict[str, int] = {}
+        found = [(m[1], int(m[2]), m[3]) for m in map(_LAYER.match, lead.tensors) if m]
+        for prefix, i, _ in found:
+            depths[prefix] = max(depths.get(prefix, 0), i + 1)
+        if not whole and len(depths) != 1:
+            raise UsageError(
+                f"`slices` need a model with one stack of layers; got {', '.join(sorted(depths))}"
+            )
+        start = lead.first or 0
+        count = piece.layers
+        for prefix, i, rest in found:
+            layers = depths[prefix] if count is None else count
+            place = i - start
+            if not 0 <= place < layers:
+                continue
+            t = place / (layers - 1) if layers > 1 else 1.0
+            parts = [_find(s, f"{prefix}{(s.first or 0) + place}{rest}") for s in piece.sources]
+            yield f"{prefix}{offset + place}{rest}", t, piece, parts
+        if count is not None and depths and max(depths.values()) < start + count:
+            raise UsageError(
+                f"`{lead.path}` has {max(depths.values())} layers; `layer_range` goes to {start + count}"
+            )
+        offset += count or 0
+
+
+def _find(source: Source, name: str) -> Tensor:
+    if name not in source.tensors:
+        raise StructureError(f"`{source.path}` has no tensor `{name}`, which another model of the recipe has")
+    return source.tensors[name]
+
+
+def _job(
+    method: str, name: str, piece: Slice, tensors: list[Tensor], get: Any, dtype: np.dtype | None
+) -> Job:
+    """Return the job of one tensor: mergekit's method and parameters in our words."""
+    shapes = {t.spec.shape for t in tensors}
+    if len(shapes) > 1:
+        raise StructureError(
+            f"`{name}` has the shapes {sorted(shapes)} in the models of the recipe; they must agree"
+        )
+    own = np.result_type(*[t.spec.dtype for t in tensors])
+    spec = Spec(dtype if dtype is not None and is_inexact(own) else own, tensors[0].spec.shape)
+    if not is_inexact(own):
+        return Job(name, tensors[0].spec, "copy", tensors)
+    pairs = list(zip(piece.sources, tensors, strict=True))
+    base = next((t for s, t in pairs if s.is_base), None)
+    others = [(s, t) for s, t in pairs if not s.is_base]
+    rest = [t for _, t in others]
+
+    def make(rule: str, models: Sequence[Tensor], origin: Tensor | None = None, **options: Any) -> Job:
+        _, found = find_rule(rule)
+        if found.needs_base and origin is None:
+            raise UsageError(f"mergekit's `{method}` needs a `base_model`")
+        checked = found.check(len(models), **full_options(rule, found, options))
+        return Job(name, spec, rule, models, origin, {}, checked)
+
+    if method == "passthrough":
+        if len(tensors) != 1:
+            raise UsageError(f"mergekit's `passthrough` takes one model a slice; got {len(tensors)}")
+        return make("average", tensors, weights=[get("scale", piece.sources[0], 1.0)], normalize=False)
+    if method == "linear":
+        weights = [get("weight", s) for s, _ in pairs]
+        return make("average", tensors, weights=weights, normalize=bool(get("normalize", default=True)))
+    if method == "slerp":
+        if base is None or len(rest) != 1:
+            raise UsageError("mergekit's `slerp` needs a `base_model` and one other model")
+        return make("slerp", [base, *rest], t=get("t"), compat="mergekit")
+    if method == "nuslerp":
+        if not get("nuslerp_flatten", default=True) or get("nuslerp_row_wise", default=False):
+            raise UsageError("`nuslerp_flatten: false` and `nuslerp_row_wise: true` are not supported")
+        weights = [get("weight", s) for s, _ in others]
+        t = weights[-1] / sum(weights) if len(weights) == 2 and abs(sum(weights)) >= 1e-6 else 0.5
+        return make("slerp", rest, t=t) if base is None else make("nuslerp", rest, base, t=t)
+    if method == "model_stock":
+        if get("filter_wise", default=False):
+            raise UsageError("`filter_wise: true` is not supported")
+        return make("model_stock", rest, base, compat="mergekit")
+    options: dict[str, Any] = {
+        "weights": [get("weight", s) for s, _ in others],
+        "scale": get("lambda", default=1.0),
+    }
+    normalize = bool(get("normalize", default=method == "ties"))
+    rescale = bool(get("rescale", default=method.startswith("dare")))
+    if method == "task_arithmetic":
+        return make(
+            method, rest, base, normalize=normalize and abs(sum(options["weights"])) >= 1e-8, **options
+        )
+    options |= {"density": [min(1.0, get("density", s, 1.0)) for s, _ in others], "normalize": normalize}
+    if method.startswith("dare"):
+        more = {"rescale": "l1" if rescale else None, "elect": method == "dare_ties"}
+        return make("dare", rest, base, **options, **more)
+    if rescale:
+        raise UsageError(f"`rescale: true` is not supported for `{method}`")
+    if method == "ties":
+        return make(method, rest, base, scope="tensor", **options)
+    gamma = [get("gamma", s, 0.01) for s, _ in others]
+    return make("breadcrumbs", rest, base, gamma=gamma, elect=method == "breadcrumbs_ties", **options)

@@ -1,0 +1,220 @@
+"""`fishjax merge`: methods and recipes from the command line; mergekit's own outputs as the oracle."""
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from fishjax import checkpoint, cli, errors, merge, tree
+
+HERE = Path(__file__).parent / "fixtures" / "mergekit"
+RECIPES = sorted(p.stem for p in HERE.glob("*.yaml"))
+
+
+def _maker():
+    spec = importlib.util.spec_from_file_location("make", HERE / "make.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+MODELS = _maker().models()
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """The models that the recipes name, in the working directory."""
+    for name, tensors in MODELS.items():
+        checkpoint.save_params(tmp_path / name, tree.nest(tensors))
+        (tmp_path / name / "config.json").write_text(json.dumps(_maker().config()))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_recipes_of_mergekit_give_what_mergekit_gives(recipe, folder, capsys):
+    wanted = checkpoint.load_params(HERE / "outputs.safetensors")
+    wanted = {
+        n.removeprefix(recipe + "/"): x for n, x in tree.flatten(wanted).items() if n.startswith(recipe + "/")
+    }
+    assert cli.main(["merge", str(HERE / f"{recipe}.yaml"), "out"]) == 0
+    got = tree.flatten(checkpoint.load_params("out"))
+    assert set(got) == set(wanted)
+    for name, want in wanted.items():
+        np.testing.assert_allclose(got[name], want, rtol=1e-6, atol=1e-6, err_msg=name)
+    assert "sha256:" in capsys.readouterr().out
+    assert json.loads(Path("out/config.json").read_text())["num_hidden_layers"] == (
+        6 if recipe == "passthrough" else 4
+    )
+    assert "base_model_relation: merge" in Path("out/README.md").read_text()
+
+
+def test_dare_recipes_agree_in_distribution(folder):
+    rng = np.random.default_rng(0)
+    base = {"w": rng.standard_normal((400, 500)).astype(np.float32)}
+    tuned = {"w": base["w"] + rng.standard_normal((400, 500)).astype(np.float32)}
+    checkpoint.save_params("b.safetensors", base)
+    checkpoint.save_params("t.safetensors", tuned)
+    model = "{model: t.safetensors, parameters: {weight: 1.0, density: 0.3}}"
+    Path("r.yaml").write_text(f"merge_method: dare_linear\nbase_model: b.safetensors\nmodels: [{model}]")
+    merge.run_recipe("r.yaml", "out.safetensors")
+    got = checkpoint.load_params("out.safetensors")["w"] - base["w"]
+    kept = got != 0
+    assert abs(kept.mean() - 0.3) < 4 * np.sqrt(0.21 / kept.size)
+    delta = tuned["w"] - base["w"]
+    np.testing.assert_allclose(abs(got).sum(), abs(delta).sum(), rtol=1e-5)  # the L1 norm is restored
+    assert np.ptp(got[kept & (abs(delta) > 0.5)] / delta[kept & (abs(delta) > 0.5)]) < 1e-5  # by one factor
+
+
+@pytest.mark.parametrize(
+    "text, wrong",
+    [
+        ("merge_method: della\nmodels: []", "`della` is not supported; there are linear"),
+        ("merge_method: linear\nmodels: []\ntokenizer_source: union", "`tokenizer_source` is not supported"),
+        ("merge_method: linear\nmodels: []\nmodlez: 3", "`modlez` is not supported"),
+        ("merge_method: linear", "`models` or `slices`"),
+        ("merge_method: linear\nmodels: [{model: one, parameters: {wieght: 1}}]", "`wieght`"),
+        ("merge_method: linear\nmodels: [{model: one}, {model: two}]", "sets no `weight` for"),
+        (
+            "merge_method: linear\nmodels: [{model: nowhere, parameters: {weight: 1}}]",
+            "`nowhere` is neither in",
+        ),
+        ("merge_method: ties\nmodels: [{model: one, parameters: {weight: 1}}]", "needs a `base_model`"),
+        (
+            "merge_method: ties\nbase_model: base\nmodels: [{model: one, parameters: {weight: 1}}]\n"
+            "parameters: {rescale: true}",
+            "`rescale: true`",
+        ),
+        (
+            "merge_method: slerp\nbase_model: one\nparameters: {t: 0.5}\nslices:\n"
+            "- sources: [{model: one, layer_range: [0, 9]}, {model: two, layer_range: [0, 9]}]",
+            "has 4 layers",
+        ),
+        ("method: average\nmodels: one", "must be a list"),
+        ("method: average\nmodels: [one, two]\nwieghts: [1, 2]", "no option `wieghts`"),
+        ("method: average\nmodels: [one, two]\ndtype: int4", "`dtype` must be one of"),
+        ("models: [one]", "is no recipe"),
+        ("a: [", "is not YAML"),
+    ],
+)
+def test_bad_recipes(text, wrong, folder, capsys):
+    Path("r.yaml").write_text(text)
+    assert cli.main(["merge", "r.yaml", "out"]) == 2
+    error = capsys.readouterr().err
+    assert wrong in error and error.count("\n") == 1
+    assert not list(folder.glob("out*"))
+
+
+def test_paths_resolve_from_the_recipe_too(folder, tmp_path_factory, monkeypatch):
+    (folder / "r.yaml").write_text(
+        "method: task_arithmetic\nbase: base\nmodels: [one, two]\nweights: [0.5, -0.5]\n"
+        "keep: [[norm, 1]]\ndtype: bfloat16"
+    )
+    monkeypatch.chdir(tmp_path_factory.mktemp("elsewhere"))
+    merge.run_recipe(folder / "r.yaml", "out.safetensors")
+    got = tree.flatten(checkpoint.load_params("out.safetensors"))
+    want = merge.task_arithmetic(
+        [MODELS["one"], MODELS["two"]], base=MODELS["base"], weights=[0.5, -0.5], keep=[("norm", 1)]
+    )
+    for name, x in want.items():
+        kept = "norm" in name
+        assert got[name].dtype == (np.float32 if kept else "bfloat16")
+        np.testing.assert_allclose(got[name].astype(np.float32), x, rtol=0 if kept else 2**-8)
+
+
+def test_methods_from_the_command_line(folder, capsys):
+    fishers = [{n: abs(x) for n, x in MODELS[m].items()} for m in ("two", "three")]
+    for i, fisher in enumerate(fishers):
+        checkpoint.save_fisher(f"f{i}.fisher", tree.nest(fisher), metadata={})
+    args = [
+        "merge",
+        "--method",
+        "fisher",
+        "--fishers",
+        "f0.fisher",
+        "f1.fisher",
+        "--weights",
+        "1",
+        "2",
+        "--set",
+        "floor=0.01",
+        "normalize=true",
+    ]
+    assert cli.main([*args, "--keep", "^lm_head=1", "--json", "--out", "out", "one", "two"]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    want = merge.fisher(
+        [MODELS["one"], MODELS["two"]],
+        fishers=fishers,
+        weights=[1, 2],
+        floor=0.01,
+        normalize=True,
+        keep=[("^lm_head", 1)],
+    )
+    assert printed == {"out": "out", "digest": checkpoint.digest(want)}
+    jax.tree.map(np.testing.assert_array_equal, tree.flatten(checkpoint.load_params("out")), want)
+    assert cli.main([*args, "--dry-run", "--json", "one", "two"]) == 0
+    size = sum(x.nbytes for x in want.values())
+    assert json.loads(capsys.readouterr().out)["write"] == size
+    assert cli.main(["merge", "--methods"]) == 0
+    listed = capsys.readouterr().out
+    assert all(m in listed for m in merge.METHODS) and "density=required" in listed
+
+
+@pytest.mark.parametrize(
+    "args, code, wrong",
+    [
+        (["--method", "avrage", "--out", "o", "one", "two"], 2, "no merge method"),
+        (["--method", "average", "one", "two"], 2, "give --out"),
+        (["--method", "average", "--out", "one", "one", "two"], 2, "is an input"),
+        (["--method", "average", "--out", "one/x", "one", "two"], 2, "lies in one"),
+        (["--method", "average", "--out", "o", "one", "nowhere"], 2, "nowhere"),
+        (["--method", "average", "--out", "o", "--weights", "1", "-1", "one", "two"], 2, "sum to zero"),
+        (["--method", "average", "--out", "o", "--weights", "1", "nan", "--", "one", "two"], 2, "finite"),
+        (["--method", "average", "--out", "o", "--weights", "x", "--", "one", "two"], 2, "wants numbers"),
+        (["--method", "average", "--out", "o", "--set", "x", "--", "one", "two"], 2, "K=V"),
+        (["--method", "average", "--out", "o", "--keep", "x", "--", "one", "two"], 2, "REGEX=I"),
+        (
+            ["--method", "ties", "--out", "o", "--set", "density=0.5", "--", "one", "two"],
+            2,
+            "`base` must be given",
+        ),
+        (["--method", "average", "--out", "o", "one", "other.safetensors"], 4, "only in model 0"),
+        (["--method", "average", "--out", "o", "one", "broken.safetensors"], 3, "broken"),
+        (["one", "two"], 2, "--method"),
+        (["r.yaml", "o", "--base", "base"], 2, "belongs in the recipe"),
+    ],
+)
+def test_bad_arguments(args, code, wrong, folder, capsys):
+    checkpoint.save_params("other.safetensors", {"x": np.ones(2)})
+    Path("broken.safetensors").write_bytes(b"\x10\0\0\0\0\0\0\0{}")
+    Path("r.yaml").write_text("method: average\nmodels: [one, two]")
+    assert cli.main(["merge", *args]) == code
+    error = capsys.readouterr().err
+    assert wrong in error and error.count("\n") == 1
+    assert not (folder / "o").exists() and not list(folder.glob("*.partial"))
+
+
+def test_the_command_never_imports_jax(folder):
+    code = "import sys; from fishjax import cli; print(cli.main(sys.argv[1:]), 'jax' in sys.modules)"
+    for args in (
+        ["--method", "ties", "--base", "base", "--set", "density=0.3", "--out", "o1", "one", "two"],
+        [str(HERE / "slerp.yaml"), "o2"],
+    ):
+        done = subprocess.run(
+            [sys.executable, "-c", code, "merge", *args],
+            capture_output=True,
+            text=True,
+            cwd=folder,
+            env={"PYTHONPATH": str(HERE.parents[2])},
+        )
+        assert done.stdout.endswith("0 False\n"), done.stderr
+
+
+def test_a_recipe_that_cannot_be_read():
+    with pytest.raises(errors.UsageError, match="is neither"):
+        merge.run_recipe(HERE / "linear.yaml", "/tmp/never")
