@@ -234,3 +234,4 @@ def test_nan_in_a_patch_is_refused_by_apply(files, capsys):
     code, _, err = run(capsys, "apply", "nan", "--base", "base", "--out", "out")
     assert code == 3 and "NaN" in err and not os.path.exists("out")
     assert run(capsys, "inspect", "nan")[0] == 0
+    assert run(capsys, "fsck", "nan")[0] == 3  # the seal is right, the content is not
