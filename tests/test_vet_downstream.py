@@ -108,3 +108,10 @@ def test_the_folder_is_read_and_held_to_the_base(tmp_path, case):
     (tmp_path / "empty").mkdir()
     with pytest.raises(UsageError, match="no patch"):
         vet.load_downstream(tmp_path / "empty", base_id="")
+
+
+def test_new_values_come_bit_for_bit_where_the_base_did_not_change():
+    base = {"w": jnp.array([1e30, 2.0], jnp.float32)}
+    changed = {"w": jnp.array([1e30, 3.0], jnp.float32)}
+    task = {"w": patches.Dense(jnp.array([1e-10, 2.5], jnp.float32))}
+    np.testing.assert_array_equal(reapplied(base, changed, task)["w"], np.float32([1e-10, 3.5]))
