@@ -555,7 +555,9 @@ def test_reports_are_equal_bytes_and_well_formed(folder, world):
     ]
     suite = ElementTree.fromstring(vet.to_junit(reports[0], patch="p"))
     assert suite.get("failures") == "0" and len(suite) == 6
-    assert "| mirrored | 600 |" in vet.to_markdown(reports[0])
+    told = vet.to_markdown(reports[0])
+    kl = finding(reports[0], "size").details["kl"]["held"]["measured"]
+    assert "| mirrored | 600 |" in told and f"| held | {kl:.2e} |" in told
 
 
 def test_hostile_names_reach_no_terminal_and_break_no_table(world):

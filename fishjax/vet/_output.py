@@ -62,6 +62,12 @@ def to_markdown(report: Report, *, patch: str = "") -> str:
                 f"| {r['negative_flips']} | {r['nfr_upper']:.2%} | {r['mcnemar']:.2g} | {r['status']} |"
                 for r in rows
             ]
+        if divergence := finding.details.get("kl"):
+            lines += ["", "| KL(base‖new) on | measured | jvp estimate |", "|---|---|---|"]
+            lines += [
+                f"| {_cell(name)} | {kl['measured']:.2e} | {kl['jvp_estimate']:.2e} |"
+                for name, kl in divergence.items()
+            ]
         if rows := finding.details.get("layers"):
             lines += ["", "| layer | changed | relative norm | share |", "|---|---|---|---|"]
             lines += [
