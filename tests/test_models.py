@@ -352,3 +352,23 @@ def test_convert_goes_there_and_back(tmp_path, capsys):
     assert cli.main(["convert", base, out("hf"), "--to", "hf"]) == 2
     assert cli.main(["convert", base, out("c"), "--to", "peft"]) == 2
     assert not (tmp_path / "b").exists() and not (tmp_path / "c").exists()
+
+
+def test_tensors_go_straight_to_where_they_are_wanted():
+    mesh = jax.make_mesh((8,), ("model",), axis_types=(jax.sharding.AxisType.Auto,))
+    split = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("model"))
+    name = "transformer.h.0.mlp.dense_h_to_4h.weight"
+    _, params = models.load(FIXTURES / "bloom", shardings={name: split})
+    flat, (_, plain) = tree.flatten(params), models.load(FIXTURES / "bloom")
+    assert flat[name].sharding == split and len(flat[name].addressable_shards) == 8
+    assert sum(len(x.sharding.device_set) == 8 for x in flat.values()) == 1
+    jax.tree.map(np.testing.assert_array_equal, params, plain)
+
+
+def test_donating_loaded_parameters_leaves_the_file_alone(folder):
+    before = (folder / "model.safetensors").read_bytes()
+    _, params = models.load(folder)
+    doubled = jax.jit(lambda p: jax.tree.map(lambda x: 2 * x, p), donate_argnums=0)(params)
+    assert (folder / "model.safetensors").read_bytes() == before
+    _, again = models.load(folder)
+    jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, 2 * b), doubled, again)

@@ -42,6 +42,9 @@ def load_peft(folder: str | Path, model: Any, params: Params) -> Patch:
       UsageError: a kind of adapter, or an option, that has no patch here.
       StructureError: tensors that do not fit the model; each is named.
     """
+    import jax
+    import jax.numpy as jnp
+
     config, tensors = _read(Path(folder))
     leaves = tree.flatten(params)
     modules: dict[str, dict[str, np.ndarray]] = collections.defaultdict(dict)
@@ -67,7 +70,7 @@ def load_peft(folder: str | Path, model: Any, params: Params) -> Patch:
     for name, entry in patch.items():
         if problem := entry.problem(name, leaves):
             raise StructureError(f"the adapter's tensors for `{name}` do not fit the model: {problem}")
-    return patch
+    return jax.tree.map(lambda x: x if x.dtype == np.int64 else jnp.asarray(x), patch)
 
 
 def _entry(name: str, module: str, parts: dict, config: Mapping, model: Any, leaves: Mapping) -> Any:

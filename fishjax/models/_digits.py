@@ -19,10 +19,10 @@ DEFAULTS = {
     "model_type": "fishjax_digits",
     "image_size": 8,
     "patch_size": 4,
-    "hidden_size": 128,
-    "num_hidden_layers": 5,
+    "hidden_size": 160,
+    "num_hidden_layers": 3,
     "num_attention_heads": 4,
-    "intermediate_size": 512,
+    "intermediate_size": 640,
     "num_labels": 10,
 }
 

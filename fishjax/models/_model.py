@@ -1,9 +1,10 @@
 """What a model is here: pure functions over a parameter tree that is the checkpoint file."""
 
+import contextlib
 import importlib
 import json
 import re
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -80,12 +81,15 @@ def build(config: dict[str, Any], names: Collection[str] | None = None) -> Model
     return importlib.import_module(FAMILIES[family]).build(config, names)
 
 
-def load(folder: str | Path, *, dtype: Any = None) -> tuple[Model, Params]:
+def load(folder: str | Path, *, dtype: Any = None, shardings: Any = None) -> tuple[Model, Params]:
     """Read a model folder (config.json beside safetensors) into a model and its parameters.
+
+    Tensors are mapped, cast and placed one after another, so little more than the model is held.
 
     Args:
       folder: a local folder in Hugging Face's layout; nothing is looked up on a network.
       dtype: cast the parameters to this floating dtype; None keeps each tensor's own.
+      shardings: where each leaf goes, `{name: jax.sharding.Sharding}`, or one sharding for all.
 
     Raises:
       UsageError: no such folder, no config.json, or an unknown architecture.
@@ -93,9 +97,9 @@ def load(folder: str | Path, *, dtype: Any = None) -> tuple[Model, Params]:
       StructureError: missing, extra or wrongly shaped tensors, each named.
     """
     import jax
-    import jax.numpy as jnp
 
     from fishjax import checkpoint, tree
+    from fishjax.checkpoint._params import is_orbax
 
     folder = Path(folder)
     config = read_config(folder / "config.json")
@@ -103,13 +107,23 @@ def load(folder: str | Path, *, dtype: Any = None) -> tuple[Model, Params]:
         generation = read_config(folder / "generation_config.json")
         special = ("eos_token_id", "pad_token_id", "decoder_start_token_id")
         config |= {n: generation[n] for n in special if generation.get(n) is not None}
-    flat = tree.flatten(checkpoint.load_params(folder))
-    model = build(config, flat.keys())
-    if model.ignored:
-        flat = {n: x for n, x in flat.items() if not re.search(model.ignored, n)}
-    check_params(model, flat, folder)
-    cast = lambda x: jnp.asarray(x, x.dtype if dtype is None else dtype)
-    return model, jax.tree.map(cast, tree.nest(flat))
+    with contextlib.ExitStack() as stack:
+        if is_orbax(folder):
+            found: Any = tree.flatten(checkpoint.load_params(folder))
+            specs = found
+        else:
+            found = stack.enter_context(checkpoint.open_params(folder))
+            specs = found.specs
+        model = build(config, found.keys())
+        kept = [n for n in found if not (model.ignored and re.search(model.ignored, n))]
+        check_params(model, {n: specs[n] for n in kept}, folder)
+
+        def place(name: str) -> Array:
+            leaf = found[name] if dtype is None else found[name].astype(jax.numpy.dtype(dtype))
+            where = shardings.get(name) if isinstance(shardings, Mapping) else shardings
+            return jax.device_put(leaf, where).block_until_ready()  # before the next one is mapped
+
+        return model, tree.nest({n: place(n) for n in kept})
 
 
 def save(folder: str | Path, model: Model, params: Params) -> None:
