@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 
-from fishjax.leaves._factored import LowRank, Scaled, is_row_take, regroup
+from fishjax.leaves._factored import LowRank, Scaled
 from fishjax.leaves._interpreter import (
     CALLS,
     Equation,
@@ -24,6 +24,7 @@ from fishjax.leaves._interpreter import (
     scan_parts,
     shape_of,
 )
+from fishjax.leaves._structure import is_row_take, regroup
 
 __all__ = [
     "CALLS",
