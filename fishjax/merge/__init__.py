@@ -10,7 +10,9 @@ from fishjax.merge._dare import DARE, dare
 from fishjax.merge._files import estimate, files
 from fishjax.merge._fisher import FISHER, fisher
 from fishjax.merge._gradient_matching import GRADIENT_MATCHING, gradient_matching
+from fishjax.merge._information import Evidence, add, information, resolve, subtract, three_way
 from fishjax.merge._model_stock import MODEL_STOCK, model_stock
+from fishjax.merge._patches import patches
 from fishjax.merge._recipe import estimate_recipe, find_dtype, run_recipe
 from fishjax.merge._slerp import NUSLERP, SLERP, nuslerp, slerp
 from fishjax.merge._task import TASK_ARITHMETIC, WISE_FT, task_arithmetic, wise_ft
@@ -32,6 +34,8 @@ METHODS = {
 
 __all__ = [
     "METHODS",
+    "Evidence",
+    "add",
     "average",
     "breadcrumbs",
     "dare",
@@ -41,11 +45,16 @@ __all__ = [
     "find_dtype",
     "fisher",
     "gradient_matching",
+    "information",
     "model_stock",
     "nuslerp",
+    "patches",
+    "resolve",
     "run_recipe",
     "slerp",
+    "subtract",
     "task_arithmetic",
+    "three_way",
     "ties",
     "wise_ft",
 ]
