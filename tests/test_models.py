@@ -372,3 +372,20 @@ def test_donating_loaded_parameters_leaves_the_file_alone(folder):
     assert (folder / "model.safetensors").read_bytes() == before
     _, again = models.load(folder)
     jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, 2 * b), doubled, again)
+
+
+def test_a_t5_folder_with_only_a_spiece_model_has_a_tokenizer(tmp_path):
+    expected = json.loads((FIXTURES / "spiece" / "expected.json").read_text())
+    model = models.build(json.loads((FIXTURES / "t5_v1_0" / "config.json").read_text()) | {"vocab_size": 600})
+    tokenizer = models.load_tokenizer(FIXTURES / "spiece", model)
+    for row in expected:
+        ids = tokenizer.encode(row["text"]).ids
+        assert ids == [*row["ids"], 1]  # T5 ends every text
+        if 2 not in ids:  # sentencepiece writes unknown pieces as a mark
+            assert tokenizer.decode(ids) == row["decoded"]
+    size = tokenizer.get_vocab_size()
+    assert tokenizer.encode("<extra_id_0>").ids == [size - 1, 1]
+    for data in (b"", b"\x0a\xff\xff\xff\xff\x0f", b"\x80" * 40, b"\x80\x04K\x01."):
+        (tmp_path / "spiece.model").write_bytes(data)
+        with pytest.raises(FileFormatError, match="spiece"):
+            models.load_tokenizer(tmp_path, model)

@@ -9,31 +9,34 @@ import numpy as np
 
 from fishjax.errors import FileFormatError, StructureError, UsageError
 from fishjax.models._model import Model, end_ids
+from fishjax.models._sentencepiece import load_spiece
 
 
 def load_tokenizer(folder: str | Path, model: Model) -> Any:
-    """Return the `tokenizers.Tokenizer` of a model folder.
+    """Return the `tokenizers.Tokenizer` of a model folder, of its tokenizer.json or T5's spiece.model.
 
     Raises:
-      UsageError: the folder has no tokenizer.json, or the package `tokenizers` is not installed.
-      FileFormatError: tokenizer.json is malformed.
+      UsageError: the folder has no tokenizer, or the package `tokenizers` is not installed.
+      FileFormatError: the tokenizer's file is malformed.
       StructureError: the tokenizer has ids that the model's embedding does not.
     """
-    path = Path(folder) / "tokenizer.json"
-    if not path.is_file():
-        other = next(
-            (n for n in ("spiece.model", "tokenizer.model", "vocab.txt") if path.with_name(n).exists()), None
+    path, spiece = Path(folder) / "tokenizer.json", Path(folder) / "spiece.model"
+    if not path.is_file() and not (spiece.is_file() and model.family == "t5"):
+        raise UsageError(
+            f"`{folder}` has no tokenizer.json; save the model's fast tokenizer with transformers into it"
         )
-        hint = f"; `{other}` alone is not read, save it with transformers' fast tokenizer" if other else ""
-        raise UsageError(f"`{folder}` has no tokenizer.json{hint}")
     try:
         import tokenizers
     except ImportError:
         raise UsageError("text needs the package `tokenizers`; install `fishjax[hf]`") from None
-    try:
-        tokenizer = tokenizers.Tokenizer.from_file(str(path))
-    except Exception as error:  # it raises plain Exceptions
-        raise FileFormatError(f"`{path}` is no tokenizer: {error}") from None
+    if path.is_file():
+        try:
+            tokenizer = tokenizers.Tokenizer.from_file(str(path))
+        except Exception as error:  # it raises plain Exceptions
+            raise FileFormatError(f"`{path}` is no tokenizer: {error}") from None
+    else:
+        path = spiece
+        tokenizer = load_spiece(path, model.config["vocab_size"])
     largest = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=0)
     if largest >= model.config["vocab_size"]:
         raise StructureError(
