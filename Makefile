@@ -6,13 +6,14 @@ BIN    := $(VENV)/bin
 LOCK   := requirements.lock.txt
 EXTRA  := .[dev]
 
-.PHONY: help env quickstart test soak lint lock clean
+.PHONY: help env quickstart test soak lint doctest lock clean
 
 help:
 	@echo "make quickstart   two contributors patch one model, a maintainer vets and merges them"
 	@echo "make test         the test suite"
 	@echo "make soak         the test suite with the long tests and many more fuzz examples"
 	@echo "make lint         formatting, lint and types"
+	@echo "make doctest      the examples in docstrings"
 	@echo "make env          only build the virtual environment ($(VENV)/)"
 	@echo "make lock         resolve the lock file anew"
 
@@ -28,7 +29,7 @@ $(VENV)/.stamp: pyproject.toml $(LOCK)
 	@touch $@
 
 quickstart: env
-	@$(BIN)/python -m experiments.quickstart --gin_file configs/quickstart.gin
+	@$(BIN)/python -m experiments.quickstart --gin_file configs/quickstart.gin $(if $(OUT),--gin_bindings 'OUT = "$(OUT)"') $(if $(SEED),--gin_bindings 'SEED = $(SEED)')
 
 test: env
 	@$(BIN)/python -m pytest -n 2 -q
@@ -38,6 +39,9 @@ soak: env
 
 lint: env
 	@$(BIN)/ruff format --check . && $(BIN)/ruff check . && $(BIN)/mypy
+
+doctest: env
+	@$(BIN)/python -m pytest -q -n 2 --doctest-modules fishjax experiments
 
 lock: env
 	@$(BIN)/uv pip compile -q --universal --all-extras --no-header --no-annotate --no-emit-index-url --python-version 3.11 pyproject.toml -o $(LOCK)

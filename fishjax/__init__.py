@@ -9,16 +9,26 @@ Importing `fishjax` loads none of them, so that commands which only read files s
 """
 
 import importlib
-from typing import TYPE_CHECKING
+from types import ModuleType
 
 __version__ = "0.1.0"
-__all__ = ["checkpoint", "errors", "fisher", "masks", "merge", "models", "patches", "train", "tree", "vet"]
+__all__ = [
+    "checkpoint",
+    "data",
+    "errors",
+    "fisher",
+    "masks",
+    "merge",
+    "models",
+    "patches",
+    "plot",
+    "train",
+    "tree",
+    "vet",
+]
 
-if TYPE_CHECKING:
-    from fishjax import checkpoint, errors, fisher, masks, merge, models, patches, train, tree, vet
 
-
-def __getattr__(name: str):
+def __getattr__(name: str) -> ModuleType:
     if name in __all__:
         return importlib.import_module(f"fishjax.{name}")
     raise AttributeError(f"module `fishjax` has no attribute `{name}`")

@@ -136,6 +136,7 @@ def test_only_inexact_leaves_are_trained():
         ({"w": patches.Sparse(jnp.array([3, 1]), jnp.ones(2))}, "strictly increasing"),
         ({"w": patches.Sparse(jnp.array([1, 1]), jnp.ones(2))}, "strictly increasing"),
         ({"w": patches.Sparse(jnp.array([1, 6]), jnp.ones(2))}, "6 entries"),
+        ({"w": patches.Sparse(np.array([0, 2**63 - 1, -2, 3]), jnp.ones(4))}, "strictly increasing"),
         ({"w": patches.Sparse(jnp.array([-1, 1]), jnp.ones(2))}, "6 entries"),
         ({"w": patches.Sparse(np.array([1, 2**32 + 2]), jnp.ones(2))}, "6 entries"),
         ({"w": patches.Sparse(jnp.array([1, 2]), jnp.ones(3))}, "pair"),

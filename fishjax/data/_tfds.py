@@ -1,6 +1,8 @@
 """Read a TFDS data set into arrays, without TensorFlow."""
 
+import contextlib
 import os
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -32,7 +34,11 @@ def load(name: str, split: str, *, data_dir: str | Path | None = None) -> Batch:
     try:
         # The default tfrecord needs TensorFlow, and parquet loses rows.
         builder = tfds.builder(name, data_dir=str(folder), file_format="array_record")
-        builder.download_and_prepare()
+        if not builder.is_prepared():
+            print(f"preparing `{name}` in {folder}", file=sys.stderr)
+            tfds.disable_progress_bar()
+            with contextlib.redirect_stdout(None):  # it prints to stdout, which is for results
+                builder.download_and_prepare()
         source = builder.as_data_source(split=split)
     except (tfds.core.DatasetNotFoundError, KeyError, ValueError) as error:
         first_line = str(error).strip().splitlines()[0]

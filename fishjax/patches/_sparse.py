@@ -30,7 +30,7 @@ class Sparse:
         if isinstance(self.indices, jax.core.Tracer) or self.indices.size == 0:
             return None
         indices = np.asarray(self.indices).astype(np.int64)
-        if (np.diff(indices) <= 0).any():
+        if (indices[1:] <= indices[:-1]).any():  # a difference could overflow
             return "its indices are not strictly increasing"
         if indices[0] < 0 or indices[-1] >= size:
             return f"its indices reach from {indices[0]} to {indices[-1]}, the leaf has {size} entries"
@@ -74,8 +74,8 @@ def init_sparse(params: Params, mask: Mask) -> dict[str, Sparse]:
         if where.size and weight.size > np.iinfo(np.int32).max:
             raise StructureError(f"`{name}` has {weight.size} entries; sparse patches hold at most 2^31 - 1")
         if where.size:
-            indices = jnp.asarray(where.astype(np.int32))
-            patch[name] = Sparse(indices, jnp.asarray(weight).reshape(-1)[indices])
+            values = np.asarray(weight).reshape(-1)[where]  # on the host: no program to compile for each leaf
+            patch[name] = Sparse(jnp.asarray(where.astype(np.int32)), jnp.asarray(values))
     if not patch:
         raise UsageError("`mask` keeps no entry; a patch must train something")
     return patch

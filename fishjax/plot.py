@@ -1,0 +1,125 @@
+"""Plots of what people would rather see than read; each is written as PNG and SVG."""
+
+import contextlib
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from fishjax import tree
+from fishjax.errors import UsageError
+from fishjax.types import Mask
+
+
+def mask_density(mask: Mask, path: str | Path) -> list[Path]:
+    """Draw the share of entries that a mask keeps, by layer (rows) and kind of leaf (columns).
+
+    Args:
+      mask: bool `[*p]` for every leaf.
+      path: where to, without an ending.
+    """
+    kept = {n: (int(np.count_nonzero(m)), int(m.size)) for n, m in tree.flatten(mask).items()}
+    rows, columns, cells = _by_layer(kept)
+    share = np.array([[100 * k / n if n else np.nan for k, n in row] for row in cells])
+    with _figure(path, (2 + 0.9 * len(columns), 1.6 + 0.4 * len(rows))) as (figure, axes):
+        image = axes.imshow(share, aspect="auto", cmap="viridis")
+        axes.set_xticks(range(len(columns)), columns, rotation=40, ha="right")
+        axes.set_yticks(range(len(rows)), rows)
+        dark = np.nanmax(share) / 2
+        for (i, j), value in np.ndenumerate(share):
+            if np.isfinite(value):
+                axes.text(j, i, f"{value:.2g}", ha="center", va="center", color="w" if value < dark else "k")
+        figure.colorbar(image, label="% of entries kept")
+        axes.set_title("Where the mask sits")
+    return _written(path)
+
+
+def merge_sweep(
+    weights: Sequence[float],
+    curves: Mapping[str, Sequence[float]],
+    path: str | Path,
+    *,
+    ends: tuple[str, str],
+) -> list[Path]:
+    """Draw accuracy over the weight of the second of two models; the end points are the two models.
+
+    Args:
+      weights: `[n]` in [0, 1], increasing, at least one of them between.
+      curves: `{method: accuracies [n]}`.
+      path: where to, without an ending.
+      ends: names of the two models.
+    """
+    with _figure(path, (6.5, 4)) as (_, axes):
+        for name, values in curves.items():
+            (line,) = axes.plot(weights, values, marker="o", markersize=3.5, label=name)
+            best = max((i for i, w in enumerate(weights) if 0 < w < 1), key=lambda i: values[i])
+            axes.plot(weights[best], values[best], marker="*", markersize=15, color=line.get_color())
+        axes.set_xlabel(f"{ends[0]}  ←  weight of {ends[1]}  →  {ends[1]}")
+        axes.set_ylabel("accuracy, mean of both worlds (validation)")
+        axes.set_title("Merging: a star marks the weight that is chosen")
+        axes.grid(alpha=0.3)
+        axes.legend()
+    return _written(path)
+
+
+def accuracies(table: Mapping[str, Mapping[str, float]], path: str | Path) -> list[Path]:
+    """Draw accuracies as grouped bars: a group for each model, a bar for each world.
+
+    Args:
+      table: `{model: {world: accuracy}}`, each model with the same worlds.
+      path: where to, without an ending.
+    """
+    worlds = list(next(iter(table.values())))
+    with _figure(path, (1.5 + 1.3 * len(table), 4)) as (_, axes):
+        width = 0.8 / len(worlds)
+        for i, world in enumerate(worlds):
+            at = np.arange(len(table)) + (i - (len(worlds) - 1) / 2) * width
+            bars = axes.bar(at, [row[world] for row in table.values()], width, label=world)
+            axes.bar_label(bars, fmt="%.2f", fontsize=8)
+        axes.set_xticks(range(len(table)), list(table))
+        axes.set_ylim(0, 1.08)
+        axes.set_ylabel("accuracy (test)")
+        axes.legend(loc="upper left")
+    return _written(path)
+
+
+def _by_layer(kept: Mapping[str, tuple[int, int]]):
+    """Split names at their last number: layer and kind of leaf; return a table of (kept, size)."""
+    places = {}
+    for name in kept:
+        layer = re.match(r".*?\d+(?=[._])|[^.]*\d+(?=\.)|[^.]+", name)
+        assert layer is not None
+        places[name] = (layer[0], name[len(layer[0]) :].strip("._") or "-")
+    order = lambda text: [int(p) if p.isdigit() else p for p in re.split(r"(\d+)", text)]
+    rows = sorted({r for r, _ in places.values()}, key=order)
+    columns = sorted({c for _, c in places.values()}, key=order)
+    cells = [[(0, 0) for _ in columns] for _ in rows]
+    for name, (row, column) in places.items():
+        cells[rows.index(row)][columns.index(column)] = kept[name]
+    return rows, columns, cells
+
+
+@contextlib.contextmanager
+def _figure(path: str | Path, size: tuple[float, float]) -> Iterator:
+    """Give a figure to draw on and write it twice."""
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise UsageError('plots need matplotlib: pip install "fishjax[plot]"') from None
+    figure = Figure(figsize=size, layout="constrained")
+    FigureCanvasAgg(figure)
+    yield figure, figure.add_subplot()
+    for file in _written(path):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        # No date and no random ids: the same plot has the same bytes.
+        keep = {"Date": None} if file.suffix == ".svg" else {"Software": None}
+        import matplotlib
+
+        with matplotlib.rc_context({"svg.hashsalt": "fishjax"}):
+            figure.savefig(file, dpi=140, metadata=keep)
+
+
+def _written(path: str | Path) -> list[Path]:
+    return [Path(f"{path}{ending}") for ending in (".png", ".svg")]
