@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import re
 import shutil
 
 import jax
@@ -389,3 +390,58 @@ def test_a_t5_folder_with_only_a_spiece_model_has_a_tokenizer(tmp_path):
         (tmp_path / "spiece.model").write_bytes(data)
         with pytest.raises(FileFormatError, match="spiece"):
             models.load_tokenizer(tmp_path, model)
+
+
+@pytest.mark.parametrize("case", ["bert_masked", "roberta_masked"])
+def test_old_names_and_left_over_heads_of_pre_training_load(case, tmp_path):
+    shutil.copytree(FIXTURES / case, tmp_path / "m")
+    width = 24
+
+    def age(tensors):
+        for name in list(tensors):
+            if "LayerNorm." in name and case == "bert_masked":
+                old = {"weight": "gamma", "bias": "beta"}[name.rpartition(".")[2]]
+                tensors[f"{name.rpartition('.')[0]}.{old}"] = tensors.pop(name)
+        word = tensors["bert.embeddings.word_embeddings.weight" if case == "bert_masked" else WORD]
+        if case == "bert_masked":
+            tensors["cls.seq_relationship.weight"] = np.ones((2, width), np.float32)
+            tensors["cls.seq_relationship.bias"] = np.ones(2, np.float32)
+            tensors["bert.pooler.dense.weight"] = np.ones((width, width), np.float32)
+            tensors["bert.pooler.dense.bias"] = np.ones(width, np.float32)
+            tensors["cls.predictions.decoder.weight"] = word
+        else:
+            tensors["lm_head.decoder.weight"] = word
+            tensors["roberta.embeddings.position_ids"] = np.arange(14)[None]
+
+    edit_tensors(tmp_path / "m", age)
+    model, params = models.load(tmp_path / "m")
+    expected = load_file(FIXTURES / case / "expected.safetensors")
+    batch = {n: expected[n] for n in ("input_ids", "attention_mask", "token_type_ids") if n in expected}
+    logits, keep = jax.jit(model.apply)(params, batch), expected["attention_mask"] > 0
+    np.testing.assert_allclose(logits[keep], expected["logits"][keep], atol=1e-4)
+    batch["labels"] = np.where(np.arange(9)[None] == 2, batch["input_ids"], -100)
+    losses = jax.jit(jax.vmap(models.example_loss(model), (None, 0)))(params, batch)
+    np.testing.assert_allclose(losses, -log_p(expected["logits"], batch["labels"]), rtol=1e-5)
+
+
+WORD = "roberta.embeddings.word_embeddings.weight"
+
+
+# A bias of keys shifts all scores of a query alike, and a bare encoder's pooler is not used.
+NO_GRADIENT = r"self\.key\.bias$|k_proj\.bias$"
+
+
+@pytest.mark.parametrize(
+    "case", ["t5_v1_0", "t5_v1_1", "bert_classifier", "roberta_masked", "llama3", "gemma2", "gpt2"]
+)
+def test_the_loss_is_differentiable_in_every_parameter(case):
+    model, params, expected = load(case)
+    example = {n: x[0] for n, x in expected.items() if n not in ("logits", "greedy")}
+    if case == "bert_classifier":
+        example["labels"] = np.int32(1)
+    elif case == "roberta_masked":
+        example["labels"] = example["input_ids"]
+    gradients = tree.flatten(jax.jit(jax.grad(models.example_loss(model)))(params, example))
+    for name, g in gradients.items():
+        assert np.isfinite(g).all(), name
+        assert re.search(NO_GRADIENT, name) or np.abs(g).max() > 1e-6, name

@@ -30,7 +30,8 @@ def assemble(
       embed: `(batch, keys=None) -> carry`, a dict with the hidden states in `x`.
       blocks: by dotted name; `(carry, cache=None) -> (carry, cache)`.
       head: `(carry) -> logits`.
-      labels: `"next"` (causal language model), `"decoder"` (sequence to sequence), `"class"`, or None.
+      labels: `"next"` (causal language model), `"decoder"` (sequence to sequence), `"masked"`, `"class"`
+        or None.
       decoder_start: the first token of a decoder that has an encoder.
     """
 
@@ -143,8 +144,14 @@ def _labels(example: Example) -> Array:
     return jnp.asarray(example["labels"])
 
 
-LABELS: dict[str, Callable[[Example], Array]] = {"next": _next_labels, "decoder": _labels, "class": _labels}
+LABELS: dict[str, Callable[[Example], Array]] = {
+    "next": _next_labels,
+    "decoder": _labels,
+    "masked": _labels,
+    "class": _labels,
+}
 TOKEN_MASKS: dict[str, Callable[[Example], Array]] = {
     "next": _next_mask,
-    "decoder": lambda e: _labels(e) >= 0,
+    "decoder": lambda example: _labels(example) >= 0,
+    "masked": lambda example: _labels(example) >= 0,
 }

@@ -1,4 +1,4 @@
-"""BERT (arXiv 1810.04805) and RoBERTa (arXiv 1907.11692): bare, or with a head that classifies sequences."""
+"""BERT (arXiv 1810.04805) and RoBERTa (arXiv 1907.11692): bare, classifying sequences, or filling masks."""
 
 from collections.abc import Collection
 from typing import Any, NamedTuple
@@ -9,6 +9,7 @@ from flax import linen as nn
 from fishjax.errors import UsageError
 from fishjax.models._assemble import assemble, num_labels, required
 from fishjax.models._layers import (
+    Bias,
     Embedding,
     Keys,
     LayerNorm,
@@ -34,8 +35,11 @@ class Config(NamedTuple):
     eps: float
     act: str
     prefix: str  # of every name but the classifier's
-    classes: int | None  # None: hidden states come out
+    classes: int | None  # of a classifier
+    masked: bool  # a head that predicts tokens; without it and a classifier, hidden states come out
     pooler: bool
+    next_sentence: bool  # a head left from pre-training, kept and not used
+    legacy: bool  # norms called gamma and beta
     pad: int | None  # RoBERTa counts positions from here; None: BERT counts from 0
 
 
@@ -53,12 +57,14 @@ def build(config: dict[str, Any], names: Collection[str] | None = None) -> Model
     if config.get("position_embedding_type", "absolute") != "absolute" or config.get("is_decoder"):
         raise UsageError("a BERT or RoBERTa must be an encoder with absolute positions")
     family = config["model_type"]
+    architecture = next(iter(config.get("architectures") or []), "")
     if names is None:
-        classify = any("SequenceClassification" in a for a in config.get("architectures") or [])
-        prefix = f"{family}." if classify else ""
-        pooler = not (classify and family == "roberta")
+        classify, masked = "SequenceClassification" in architecture, "MaskedLM" in architecture
+        prefix = f"{family}." if classify or masked else ""
+        pooler = not masked and not (classify and family == "roberta")
     else:
         classify = any(n.startswith("classifier.") for n in names)
+        masked = "lm_head.dense.weight" in names or "cls.predictions.transform.dense.weight" in names
         prefix = f"{family}." if any(n.startswith(f"{family}.") for n in names) else ""
         pooler = f"{prefix}pooler.dense.weight" in names
     c = Config(
@@ -72,7 +78,10 @@ def build(config: dict[str, Any], names: Collection[str] | None = None) -> Model
         act=config.get("hidden_act", "gelu"),
         prefix=prefix,
         classes=num_labels(config) if classify else None,
+        masked=masked,
         pooler=pooler,
+        next_sentence=names is not None and "cls.seq_relationship.weight" in names,
+        legacy=names is not None and f"{prefix}embeddings.LayerNorm.gamma" in names,
         pad=config.get("pad_token_id", 1) if family == "roberta" else None,
     )
     return assemble(
@@ -80,8 +89,9 @@ def build(config: dict[str, Any], names: Collection[str] | None = None) -> Model
         Embed(c),
         {f"{prefix}encoder.layer.{i}": Block(c) for i in range(layers)},
         Head(c),
-        labels="class" if classify else None,
-        ignored=r"(^|\.)embeddings\.(position_ids|token_type_ids)$",
+        labels="class" if classify else "masked" if masked else None,
+        # Stored buffers, and copies of the word embedding and its bias.
+        ignored=r"(^|\.)embeddings\.(position_ids|token_type_ids)$|^(cls\.predictions|lm_head)\.decoder\.",
     )
 
 
@@ -105,7 +115,7 @@ class Embed(nn.Module):
         x = embed(c.vocab, "word")(ids) + embed(c.positions, "position")(positions)
         x = x + embed(c.types, "token_type")(jnp.zeros_like(ids) if types is None else jnp.asarray(types))
         valid = jnp.ones(ids.shape, bool) if mask is None else jnp.asarray(mask).astype(bool)
-        x = LayerNorm(c.eps, name=f"{c.prefix}embeddings.LayerNorm")(x)
+        x = LayerNorm(c.eps, c.legacy, name=f"{c.prefix}embeddings.LayerNorm")(x)
         return {"x": x, "keys": Keys(positions, valid)}
 
 
@@ -124,14 +134,14 @@ class Block(nn.Module):
         seen = visible(carry["keys"], x.shape[1], causal=False)
         y = attend(q, k, v, seen, scale=(c.width // c.heads) ** -0.5)
         y = Linear(c.width, bias=True, name="attention.output.dense")(y)
-        x = LayerNorm(c.eps, name="attention.output.LayerNorm")(x + y)
+        x = LayerNorm(c.eps, c.legacy, name="attention.output.LayerNorm")(x + y)
         y = activation(c.act)(Linear(c.inner, bias=True, name="intermediate.dense")(x))
         y = Linear(c.width, bias=True, name="output.dense")(y)
-        return {**carry, "x": LayerNorm(c.eps, name="output.LayerNorm")(x + y)}, None
+        return {**carry, "x": LayerNorm(c.eps, c.legacy, name="output.LayerNorm")(x + y)}, None
 
 
 class Head(nn.Module):
-    """Class logits `[B, C]` from the first token, or the hidden states `[B, T, D]` as they are."""
+    """Class logits `[B, C]` of the first token, token logits `[B, T, V]`, or hidden states `[B, T, D]`."""
 
     config: Config
 
@@ -142,6 +152,17 @@ class Head(nn.Module):
         pooled = first
         if c.pooler:
             pooled = jnp.tanh(Linear(c.width, bias=True, name=f"{c.prefix}pooler.dense")(first))
+        if c.next_sentence:
+            Linear(2, bias=True, name="cls.seq_relationship")(pooled)
+        if c.masked:
+            head = ("cls.predictions", "transform.dense", "transform.LayerNorm")
+            head = head if c.pad is None else ("lm_head", "dense", "layer_norm")
+            h = activation(c.act if c.pad is None else "gelu")(
+                Linear(c.width, bias=True, name=f"{head[0]}.{head[1]}")(x)
+            )
+            h = LayerNorm(c.eps, c.legacy, name=f"{head[0]}.{head[2]}")(h)
+            logits = Embedding(c.vocab, c.width, name=f"{c.prefix}embeddings.word_embeddings").attend(h)
+            return Bias(name=head[0])(logits)
         if c.classes is None:
             return x
         if c.pad is None:

@@ -158,15 +158,25 @@ class Embedding(nn.Module):
         return jax.lax.dot_general(x, self.weight, (((x.ndim - 1,), (1,)), ((), ())))
 
 
+class Bias(nn.Module):
+    """A vector added along the last axis."""
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        return x + _rows(self.param("bias", nn.initializers.zeros, (x.shape[-1],)), x)
+
+
 class LayerNorm(nn.Module):
     """Centre and scale over the last axis, in float32 or wider."""
 
     eps: float
+    legacy: bool = False  # old checkpoints say gamma and beta
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        weight = self.param("weight", nn.initializers.ones, (x.shape[-1],))
-        bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],))
+        names = ("gamma", "beta") if self.legacy else ("weight", "bias")
+        weight = self.param(names[0], nn.initializers.ones, (x.shape[-1],))
+        bias = self.param(names[1], nn.initializers.zeros, (x.shape[-1],))
         y = widen(x)
         y = y - y.mean(-1, keepdims=True)
         y = y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + self.eps)
