@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 
-from fishjax import checkpoint, cli, errors, merge, tree
+from fishjax import checkpoint, cli, errors, merge, patches, tree
 
 HERE = Path(__file__).parent / "fixtures" / "mergekit"
 RECIPES = sorted(p.stem for p in HERE.glob("*.yaml"))
@@ -218,3 +218,38 @@ def test_the_command_never_imports_jax(folder):
 def test_a_recipe_that_cannot_be_read():
     with pytest.raises(errors.UsageError, match="is neither"):
         merge.run_recipe(HERE / "linear.yaml", "/tmp/never")
+
+
+def test_patches_merge_like_the_models_they_make(folder, capsys):
+    base = tree.nest(MODELS["base"])
+    merged = []
+    for i, name in enumerate(("p", "q")):
+        rng = np.random.default_rng(i)
+        changed = {
+            n: patches.Sparse(np.int32([1, 3]), rng.standard_normal(2).astype(np.float32))
+            for n in ("lm_head.weight", "model.norm.weight")
+        }
+        checkpoint.save_patch(name, changed, base=base)
+        merged.append(jax.tree.map(np.asarray, patches.apply(base, changed)))
+        fisher = jax.tree.map(lambda x, i=i: abs(x) + np.float32(i), base)
+        checkpoint.save_fisher(f"f{i}", fisher, metadata={})
+    fishers = [checkpoint.load_fisher(f"f{i}")[0] for i in range(2)]
+    for method, options, more in (
+        ("average", {}, []),
+        ("ties", {"base": base, "density": 0.5}, ["--set", "density=0.5"]),
+        ("fisher", {"fishers": fishers}, ["--fishers", "f0", "f1"]),
+    ):
+        assert (
+            cli.main(
+                ["merge", "--method", method, "--base", "base", *more, "--out", f"out-{method}", "p", "q"]
+            )
+            == 0
+        )
+        want = getattr(merge, method)(merged, **options)
+        jax.tree.map(np.testing.assert_array_equal, checkpoint.load_params(f"out-{method}"), want)
+    assert "sha256:" in Path("out-average/README.md").read_text()
+    capsys.readouterr()
+    assert cli.main(["merge", "--method", "average", "--out", "o", "p", "q"]) == 2
+    assert "is a patch; give the `base`" in capsys.readouterr().err
+    assert cli.main(["merge", "--method", "average", "--base", "one", "--out", "o", "p", "q"]) == 4
+    assert "for another base" in capsys.readouterr().err

@@ -31,6 +31,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", help="of the output, for instance bfloat16; by default as it is")
     parser.add_argument("--no-digests", action="store_true", help="do not compute content ids (faster)")
     parser.add_argument("--dry-run", action="store_true", help="say what it will read, write and hold")
+    parser.add_argument(
+        "--explain", action="store_true", help="merge nothing; show where models or patches for --base clash"
+    )
     parser.add_argument("--json", action="store_true", help="for machines")
 
 
@@ -41,6 +44,9 @@ def run(args: argparse.Namespace) -> None:
     _give_back_models(args)
     if args.methods:
         _list_methods(args.json)
+        return
+    if args.explain:
+        _explain(args)
         return
     if args.method is None and len(args.paths) == 2 and Path(args.paths[0]).suffix in (".yaml", ".yml"):
         _refuse_options(args)
@@ -63,6 +69,21 @@ def run(args: argparse.Namespace) -> None:
         raise UsageError("give --out")
     digest = merge.files(args.method, args.paths, args.out, digests=not args.no_digests, **options)
     _report({"out": args.out, "digest": digest}, args.json)
+
+
+def _explain(args: argparse.Namespace) -> None:
+    from fishjax.errors import UsageError
+    from fishjax.merge import _explain
+
+    if args.base is None or not args.paths:
+        raise UsageError("--explain wants --base BASE and models, or patches for it")
+    weights = None if args.weights is None else [_number(text) for text in args.weights]
+    found = _explain.explain_files(args.base, args.paths, fishers=args.fishers, weights=weights)
+    if args.json:
+        layers = {layer: clash._asdict() for layer, clash in found.layers.items()}
+        print(json.dumps({"layers": layers, "total": found.total._asdict(), "skipped": found.skipped}))
+    else:
+        print(_explain.table(found, [Path(p).name for p in args.paths]))
 
 
 def _give_back_models(args: argparse.Namespace) -> None:

@@ -7,6 +7,7 @@ memory and without jax. `METHODS` names them all.
 from fishjax.merge._average import AVERAGE, average
 from fishjax.merge._breadcrumbs import BREADCRUMBS, breadcrumbs
 from fishjax.merge._dare import DARE, dare
+from fishjax.merge._explain import explain, explain_files
 from fishjax.merge._files import estimate, files
 from fishjax.merge._fisher import FISHER, fisher
 from fishjax.merge._gradient_matching import GRADIENT_MATCHING, gradient_matching
@@ -41,6 +42,8 @@ __all__ = [
     "dare",
     "estimate",
     "estimate_recipe",
+    "explain",
+    "explain_files",
     "files",
     "find_dtype",
     "fisher",

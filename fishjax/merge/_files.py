@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from fishjax.checkpoint import read_patch
 from fishjax.checkpoint._digest import root
 from fishjax.merge._card import model_card
 from fishjax.merge._output import Output, carry, refuse_inputs, write_texts
@@ -15,6 +16,7 @@ from fishjax.merge._plan import Cost, File, Job, cost, key_of, open_tensors, pla
 from fishjax.merge._rule import Rule
 from fishjax.merge._stream import BLOCK, THREADS, Engine, Piece, hash_tensor
 from fishjax.merge._trees import Keep
+from fishjax.merge._unpack import is_patch
 from fishjax.progress import track
 from fishjax.types import Digest
 
@@ -39,10 +41,11 @@ def files(
 
     Args:
       method: a name of `METHODS`, or the function itself.
-      inputs: .safetensors files or Hugging Face folders with the same tensors.
+      inputs: .safetensors files or Hugging Face folders with the same tensors, or patch files for the
+        base.
       out: a new .safetensors file, or a new folder, which gets the configuration and tokenizer of the
         base or the first input, a model card and the recipe.
-      base: where a method needs one.
+      base: where a method needs one, or an input is a patch.
       keep: ordered `(regex of a leaf's name, i)`: leaves taken whole from input i, see `average`.
       dtype: of the output's floating-point tensors; by default their own.
       digests: compute content ids, of the result and for a folder's card of the inputs; each costs a
@@ -141,7 +144,7 @@ def run_jobs(
             output.done(i)
         digest = _digest(engine, output.tensors) if digests else ""
         if not output.is_file:
-            ids = [_digest_files(engine, path) for path in sources] if digests else [""] * len(sources)
+            ids = [_identity(engine, path) for path in sources] if digests else [""] * len(sources)
             carry(Path(carried), output.partial, **(config or {}))
             named = [(os.fspath(path), id) for path, id in zip(sources, ids, strict=True)]
             write_texts(output.partial, model_card(recipe, named, digest))
@@ -164,7 +167,10 @@ def _digest(engine: Engine, tensors: Mapping[str, Any]) -> Digest:
     return root(dict(zip(names, track(hashed, description="hashing", total=len(names)), strict=True)))
 
 
-def _digest_files(engine: Engine, path: File) -> Digest:
+def _identity(engine: Engine, path: File) -> Digest:
+    """Return the content id of a model, or the digest that a patch file carries of itself."""
+    if is_patch(path):
+        return read_patch(path).digest
     with ExitStack() as stack:
         return _digest(engine, open_tensors(stack, path))
 

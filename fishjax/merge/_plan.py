@@ -19,6 +19,7 @@ from fishjax.errors import StructureError, UsageError
 from fishjax.merge._blocks import Tensor
 from fishjax.merge._rule import Options, Rule, is_inexact, wants_sums
 from fishjax.merge._trees import Keep, check_models, kept_leaves
+from fishjax.merge._unpack import folded_file, is_patch
 
 File = str | os.PathLike
 
@@ -64,6 +65,19 @@ def open_tensors(stack: ExitStack, path: File) -> dict[str, Tensor]:
         for name, entry in file._entries.items():
             tensors[name] = Tensor(str(file.path), fd, entry.start, Spec(entry.dtype, entry.shape))
     return tensors
+
+
+def open_input(stack: ExitStack, path: File, base: File | None) -> dict[str, Tensor]:
+    """Open a model; of a patch only what it changes is its own, the rest is the base's.
+
+    Raises:
+      UsageError: a patch without a base.
+    """
+    if not is_patch(path):
+        return open_tensors(stack, path)
+    if base is None:
+        raise UsageError(f"`{path}` is a patch; give the `base` that it is for")
+    return open_tensors(stack, base) | open_tensors(stack, folded_file(stack, path, base))
 
 
 def find_rule(method: str | Callable[..., Any]) -> tuple[str, Rule]:
@@ -114,7 +128,7 @@ def plan(
     name, rule = find_rule(method)
     near = {word: given.pop(word, None) for word in rule.beside}
     options = rule.check(len(inputs), **full_options(name, rule, given))
-    models = [open_tensors(stack, path) for path in inputs]
+    models = [open_input(stack, path, base) for path in inputs]
     kept = kept_leaves(models, keep)
     merged = [{n: t for n, t in model.items() if n not in kept} for model in models]
     check_models([_specs(m) for m in merged])
@@ -122,9 +136,9 @@ def plan(
     wanted = {n: merged[0][n] for n in inexact}
     if rule.needs_base and base is None:
         raise UsageError(f"`base` must be given: `{name}` merges what the models changed")
-    if base is not None and not rule.needs_base:
+    if base is not None and not rule.needs_base and not any(map(is_patch, inputs)):
         raise UsageError(f"`base` is given, and `{name}` has no use for one")
-    origin = _beside(stack, base, wanted, "base") if base is not None else {}
+    origin = _beside(stack, base, wanted, "base") if base is not None and rule.needs_base else {}
     beside = {word: _near(stack, word, paths, len(inputs), wanted) for word, paths in near.items()}
     jobs = [Job(n, models[i][n].spec, "copy", [models[i][n]]) for n, i in kept.items() if n in models[i]]
     for n, first in merged[0].items():

@@ -1,0 +1,73 @@
+"""Conflicts before merging, counted entry by entry here."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from fishjax import checkpoint, cli, errors, merge, patches
+
+RNG = np.random.default_rng(0)
+SHAPES = {"emb": (7, 4), "layers.0.w": (6, 5), "layers.0.b": (5,), "layers.1.w": (6, 5)}
+
+
+def _flat(draw):
+    return {n: draw(s) for n, s in SHAPES.items()}
+
+
+BASE = _flat(lambda s: RNG.standard_normal(s))
+STEPS = [_flat(lambda s: RNG.integers(-1, 2, s) * 0.5) for _ in range(2)]
+MODELS = [{n: BASE[n] + s[n] for n in BASE} for s in STEPS]
+FISHERS = [_flat(lambda s: RNG.random(s)) for _ in range(2)]
+
+
+def test_counts():
+    found = merge.explain(BASE, MODELS)
+    assert list(found.layers) == ["emb", "layers.0", "layers.1"]
+    for layer, clash in found.layers.items():
+        a, b = (np.concatenate([s[n].ravel() for n in SHAPES if n.startswith(layer)]) for s in STEPS)
+        assert clash.entries == a.size and clash.changed == [(a != 0).sum(), (b != 0).sum()]
+        assert clash.shared == ((a != 0) & (b != 0)).sum() and clash.opposed == (a * b < 0).sum()
+    assert found.total.opposed == sum(c.opposed for c in found.layers.values())
+    assert found.total.increase is None
+
+
+def test_predicted_loss_is_that_of_the_fisher_merge():
+    found = merge.explain(BASE, MODELS, fishers=FISHERS, weights=[1, 3])
+    merged = merge.fisher(MODELS, fishers=FISHERS, weights=[1, 3])
+    for i in range(2):
+        want = sum(0.5 * (FISHERS[i][n] * (merged[n] - MODELS[i][n]) ** 2).sum() for n in SHAPES)
+        np.testing.assert_allclose(found.total.increase[i], want, rtol=1e-9)
+    f, g = (np.concatenate([x.ravel() for x in fisher.values()]) for fisher in FISHERS)
+    np.testing.assert_allclose(found.total.overlap, np.sqrt(f * g).sum() / np.sqrt(f.sum() * g.sum()))
+    assert merge.explain(BASE, MODELS, fishers=[FISHERS[0]] * 2).total.overlap == pytest.approx(1)
+
+
+def test_what_is_not_merged_is_named():
+    found = merge.explain(
+        {**BASE, "ids": np.arange(3)}, [{**MODELS[0], "head": np.ones(2)}, {"emb": MODELS[1]["emb"]}]
+    )
+    assert found.skipped == {"head": "only in model 0", "ids": "int64"}
+    assert found.layers["layers.1"].changed[1] == 0
+    with pytest.raises(errors.StructureError, match=r"`emb`.*model 0"):
+        merge.explain(BASE, [{"emb": np.ones(3)}])
+
+
+def test_two_patches_that_clash_on_the_command_line(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    base = {"layers": {"0": {"w": np.zeros((4, 4), np.float32)}}, "head": np.ones(3, np.float32)}
+    checkpoint.save_params("base.safetensors", base)
+    for name, indices, values in (("p", [0, 5, 9], [1, 1, 1]), ("q", [5, 9, 12], [-1, 1, 1])):
+        patch = {"layers.0.w": patches.Sparse(np.int32(indices), np.float32(values))}
+        checkpoint.save_patch(name, patch, base=base)
+    checkpoint.save_fisher("f", jax.tree.map(np.ones_like, base), metadata={})
+    args = ["merge", "--explain", "--base", "base.safetensors", "p", "q"]
+    assert cli.main([*args, "--json"]) == 0
+    total = json.loads(capsys.readouterr().out)["total"]
+    assert (total["changed"], total["shared"], total["opposed"]) == ([3, 3], 2, 1)
+    assert cli.main([*args, "--fishers", "f", "f"]) == 0
+    text = capsys.readouterr().out
+    assert "layers.0" in text and "in all" in text and "loss p" in text
+    assert cli.main(["merge", "--explain", "p", "q"]) == 2
+    assert "--base" in capsys.readouterr().err
