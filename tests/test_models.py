@@ -445,3 +445,21 @@ def test_the_loss_is_differentiable_in_every_parameter(case):
     for name, g in gradients.items():
         assert np.isfinite(g).all(), name
         assert re.search(NO_GRADIENT, name) or np.abs(g).max() > 1e-6, name
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+def test_links_that_lead_out_of_a_folder_are_refused(folder, name, tmp_path):
+    (folder / name).rename(tmp_path / "elsewhere")
+    (folder / name).symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(FileFormatError, match=f"{name}.*symbolic link"):
+        models.load(folder)
+
+
+def test_links_of_the_hub_cache_are_taken(folder, tmp_path):
+    (tmp_path / "blobs").mkdir()
+    (tmp_path / "snapshots").mkdir()
+    folder = folder.rename(tmp_path / "snapshots" / "abc")
+    for i, name in enumerate(("config.json", "model.safetensors")):
+        (folder / name).rename(tmp_path / "blobs" / str(i))
+        (folder / name).symlink_to(pathlib.Path("../../blobs") / str(i))
+    assert models.load(folder)[0].family == "t5"

@@ -222,3 +222,11 @@ def test_patches_that_peft_cannot_hold_are_refused_and_nothing_is_written(tmp_pa
     with pytest.raises(UsageError, match="output layer too"):
         checkpoint.save_peft(out, patches.init_lora(key, params, rank=2, targets={"embed_tokens": 0}), tied)
     assert not out.exists()
+
+
+def test_links_that_lead_out_of_an_adapter_are_refused(tmp_path):
+    folder = copy(tmp_path)
+    (folder / TENSORS).rename(tmp_path / "elsewhere")
+    (folder / TENSORS).symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(FileFormatError, match=f"{TENSORS}.*symbolic link"):
+        checkpoint.load_peft(folder, *load("llama3")[:2])

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from fishjax import tree
+from fishjax.checkpoint._links import check_links
 from fishjax.checkpoint._safetensors import open_file
 from fishjax.errors import FileFormatError, StructureError, UsageError
 from fishjax.types import Params, Patch
@@ -137,6 +138,7 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
         file = path / TENSORS
         if not (path / CONFIG).is_file():
             raise UsageError(f"`{path}` holds no adapter: it has no `{CONFIG}`")
+        check_links(path)
         if not file.exists() and (path / "adapter_model.bin").exists():
             raise FileFormatError(
                 f"`{path / 'adapter_model.bin'}` is a pickle, which can run code and is not read; "

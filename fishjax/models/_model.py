@@ -99,9 +99,12 @@ def load(folder: str | Path, *, dtype: Any = None, shardings: Any = None) -> tup
     import jax
 
     from fishjax import checkpoint, tree
+    from fishjax.checkpoint._links import check_links
     from fishjax.checkpoint._params import is_orbax
 
     folder = Path(folder)
+    if folder.is_dir():
+        check_links(folder)
     config = read_config(folder / "config.json")
     if (folder / "generation_config.json").is_file():  # where chat models list all that ends an answer
         generation = read_config(folder / "generation_config.json")
