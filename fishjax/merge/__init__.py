@@ -4,6 +4,7 @@ The same rules run on trees (eager, under `jit`, sharded) and, with `files`, bet
 memory and without jax. `METHODS` names them all.
 """
 
+from fishjax.merge import search
 from fishjax.merge._average import AVERAGE, average
 from fishjax.merge._breadcrumbs import BREADCRUMBS, breadcrumbs
 from fishjax.merge._dare import DARE, dare
@@ -15,6 +16,7 @@ from fishjax.merge._information import Evidence, add, information, resolve, subt
 from fishjax.merge._model_stock import MODEL_STOCK, model_stock
 from fishjax.merge._patches import patches
 from fishjax.merge._recipe import estimate_recipe, find_dtype, run_recipe
+from fishjax.merge._regmean import regmean
 from fishjax.merge._slerp import NUSLERP, SLERP, nuslerp, slerp
 from fishjax.merge._task import TASK_ARITHMETIC, WISE_FT, task_arithmetic, wise_ft
 from fishjax.merge._ties import TIES, ties
@@ -52,8 +54,10 @@ __all__ = [
     "model_stock",
     "nuslerp",
     "patches",
+    "regmean",
     "resolve",
     "run_recipe",
+    "search",
     "slerp",
     "subtract",
     "task_arithmetic",

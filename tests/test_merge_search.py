@@ -1,0 +1,117 @@
+"""Choosing weights, and RegMean."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from fishjax import errors, merge
+from fishjax.merge import search
+
+MODELS = [{"w": np.array([0.0, 0.0])}, {"w": np.array([1.0, 0.0])}, {"w": np.array([0.0, 9.0])}]
+NEAR = lambda p: -float(np.abs(p["w"] - [0.4, 0.0]).sum())
+MEAN = lambda w: merge.average(MODELS[: len(w)], weights=w)
+
+
+def test_greedy_leaves_out_what_hurts_and_never_loses_to_a_parent():
+    found = search.greedy(MODELS, select=NEAR)
+    assert found.weights == (0.5, 0.5, 0.0)
+    np.testing.assert_array_equal(found.params["w"], [0.5, 0.0])
+    assert found.trials[0].weights == (1.0, 0.0, 0.0) and len(found.trials) == 5
+    assert NEAR(found.params) >= max(NEAR(m) for m in MODELS)
+    only = search.greedy(MODELS, select=lambda p: -float(abs(p["w"]).sum()))
+    assert only.weights == (1.0, 0.0, 0.0)
+
+
+def test_grid_has_the_parents_as_its_ends():
+    found = search.grid(MEAN, parents=MODELS[:2], select=NEAR, points=6)
+    assert [t.weights for t in found.trials] == [(i / 5, (5 - i) / 5) for i in range(6)]
+    np.testing.assert_allclose(found.weights, (0.6, 0.4))
+    three = search.grid(MEAN, parents=MODELS, select=NEAR, points=5)
+    assert len(three.trials) == 15 and all(abs(sum(t.weights) - 1) < 1e-12 for t in three.trials)
+
+
+def test_dirichlet_is_seeded_and_uniform():
+    draw = lambda seed: search.dirichlet(MEAN, parents=MODELS, select=NEAR, trials=400, seed=seed)
+    first = draw(1)
+    assert first.trials == draw(1).trials != draw(2).trials
+    weights = np.array([t.weights for t in first.trials])
+    np.testing.assert_allclose(weights.sum(1), 1)
+    np.testing.assert_allclose(weights.mean(0), 1 / 3, atol=0.04)
+    np.testing.assert_allclose(weights.var(0), 1 / 18, atol=0.01)
+    assert max(t.score for t in first.trials) == NEAR(first.params)
+
+
+def test_reports_stand_side_by_side_and_do_not_select():
+    reports = {"first axis": lambda p: float(p["w"][0]), "second": lambda p: float(p["w"][1])}
+    found = search.grid(MEAN, parents=MODELS[:2], select=NEAR, points=3, reports=reports)
+    assert found.reports["first axis"] == {"merged": 0.5, "parent 0": 0.0, "parent 1": 1.0}
+    with pytest.raises(errors.UsageError, match="the score that selects"):
+        search.uniform(MODELS, select=NEAR, reports={"test": NEAR})
+
+
+def test_merges_that_do_nothing_are_found():
+    same = search.grid(lambda w: MODELS[1], parents=MODELS[:2], select=NEAR, points=3, probe=lambda p: p["w"])
+    assert any("all 3 trials score" in w for w in same.warnings)
+    stuck = search.among(
+        lambda w: MODELS[1], [[0.5, 0.5]], parents=MODELS[:2], select=NEAR, probe=lambda p: p["w"]
+    )
+    assert stuck.warnings == ["the merge with weights (0.5, 0.5) gives the outputs of parent 1"]
+    fine = search.uniform(MODELS, select=NEAR, probe=lambda p: p["w"])
+    assert fine.warnings == []
+
+
+def test_bad_searches():
+    with pytest.raises(errors.UsageError, match="NaN"):
+        search.uniform(MODELS, select=lambda p: float("nan"))
+    with pytest.raises(errors.UsageError, match="at least one"):
+        search.among(MEAN, [], parents=MODELS, select=NEAR)
+    with pytest.raises(errors.UsageError, match="got 2"):
+        search.among(MEAN, [[1, 2]], parents=MODELS, select=NEAR)
+    with pytest.raises(errors.UsageError, match="at least 2"):
+        search.grid(MEAN, parents=MODELS, select=NEAR, points=1)
+
+
+# RegMean
+
+
+def _regression(seed, n=300, size=6, out=4):
+    rng = np.random.default_rng(seed)
+    return rng.standard_normal((n, size)) @ rng.standard_normal((size, size)), rng.standard_normal(
+        (size, out)
+    )
+
+
+@pytest.mark.parametrize("axis", [0, -1])
+def test_regmean_is_the_least_squares_fit_to_everybodys_outputs(axis):
+    data = [_regression(i) for i in range(3)]
+    turn = (lambda w: w) if axis == 0 else np.transpose
+    models = [{"w": turn(w), "b": np.full(4, float(i))} for i, (_, w) in enumerate(data)]
+    merged = merge.regmean(models, grams=[{"w": x.T @ x} for x, _ in data], alpha=1.0, axis=axis)
+    inputs, outputs = np.concatenate([x for x, _ in data]), np.concatenate([x @ w for x, w in data])
+    want = np.linalg.lstsq(inputs, outputs, rcond=None)[0]
+    np.testing.assert_allclose(turn(merged["w"]), want, rtol=1e-8, atol=1e-10)
+    np.testing.assert_array_equal(merged["b"], np.ones(4))
+    diagonal = merge.regmean(models, grams=[{"w": x.T @ x} for x, _ in data], alpha=0.0, axis=axis)
+    fishers = [{"w": turn(np.repeat((x**2).sum(0)[:, None], 4, 1)), "b": np.ones(4)} for x, _ in data]
+    np.testing.assert_allclose(diagonal["w"], merge.fisher(models, fishers=fishers)["w"], rtol=1e-9)
+
+
+def test_regmean_of_inputs_that_nobody_saw_is_the_average():
+    models = [{"w": np.random.default_rng(i).standard_normal((4, 5)).astype(np.float32)} for i in range(2)]
+    merged = merge.regmean(models, grams=[{"w": np.zeros((5, 5))}] * 2)
+    np.testing.assert_allclose(merged["w"], merge.average(models)["w"], rtol=1e-6)
+    as_jax = [{"w": jnp.asarray(m["w"])} for m in models]
+    assert isinstance(merge.regmean(as_jax, grams=[{"w": np.eye(5)}] * 2)["w"], jnp.ndarray)
+
+
+def test_bad_grams():
+    models = [{"w": np.ones((4, 5))}] * 2
+    for grams, wrong in (
+        ([{"w": np.eye(5)}], "got 1"),
+        ([{"w": np.eye(4)}] * 2, r"symmetric \[5, 5\]"),
+        ([{"w": np.triu(np.ones((5, 5)))}] * 2, "symmetric"),
+        ([{"v": np.eye(5)}] * 2, "`v`"),
+        ([{"w": np.eye(5)}, {}], "other weights"),
+    ):
+        with pytest.raises(errors.FishjaxError, match=wrong):
+            merge.regmean(models, grams=grams)
