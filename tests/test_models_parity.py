@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 from fishjax import checkpoint, models, tree
 from fishjax.models._model import subtree
@@ -96,3 +96,28 @@ def test_folder_to_tree_to_folder_keeps_the_content(case, tmp_path):
     assert checkpoint.digest(first) == checkpoint.digest(second)
     again, _ = models.load(tmp_path / "out")
     assert again.config == model.config
+
+
+@pytest.mark.parametrize("case", ["gpt2", "bloom"])
+def test_files_without_the_prefix_of_the_class_are_the_same_model(case, tmp_path):
+    """As `gpt2` and `bloom-560m` are published: bare names, and masks stored as buffers."""
+    _, _, batch, expected = load(case)
+    tensors = load_file(FIXTURES / case / "model.safetensors")
+    tensors = {n.removeprefix("transformer."): x for n, x in tensors.items()}
+    if case == "gpt2":
+        tensors["h.0.attn.bias"] = np.tril(np.ones((1, 1, 40, 40), np.float32))
+        tensors["h.0.attn.masked_bias"] = np.float32([-1e4])
+    save_file(tensors, tmp_path / "model.safetensors")
+    shutil.copy(FIXTURES / case / "config.json", tmp_path)
+    model, params = models.load(tmp_path)
+    got = counted(model, batch, np.asarray(jax.jit(model.apply)(params, batch)))
+    np.testing.assert_allclose(got, counted(model, batch, expected["logits"]), atol=1e-4, rtol=0)
+    assert model.blocks[0] == "h.0" and "h.0.attn.bias" not in tree.names(params)
+
+    # peft knows the class's names only: an adapter is found, and written, under those.
+    adapter = FIXTURES / case / "adapters" / "lora"
+    patch = checkpoint.load_peft(adapter, model, params)
+    assert all(name.startswith("h.") for name in patch)
+    checkpoint.save_peft(tmp_path / "out", patch, model)
+    theirs, ours = (load_file(p / "adapter_model.safetensors") for p in (adapter, tmp_path / "out"))
+    assert theirs.keys() == ours.keys() and all((theirs[n] == ours[n]).all() for n in ours)
