@@ -42,6 +42,18 @@ def load_peft(folder: str | Path, model: Any, params: Params) -> Patch:
       FileFormatError: a malformed file, or a pickle.
       UsageError: a kind of adapter, or an option, that has no patch here.
       StructureError: tensors that do not fit the model; each is named.
+
+    >>> import tempfile, jax
+    >>> from fishjax.checkpoint import save_peft
+    >>> from fishjax import models, patches
+    >>> config = {"model_type": "gpt2", "vocab_size": 11, "n_embd": 8}
+    >>> model = models.build(config | {"n_layer": 1, "n_head": 2, "n_positions": 6})
+    >>> params = model.init(jax.random.key(0))
+    >>> patch = patches.init_lora(jax.random.key(1), params, rank=2, targets="peft")
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     save_peft(folder, patch, model)
+    ...     list(load_peft(folder, model, params))
+    ['transformer.h.0.attn.c_attn.weight']
     """
     import jax
     import jax.numpy as jnp

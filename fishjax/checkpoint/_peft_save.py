@@ -39,6 +39,17 @@ def save_peft(folder: str | Path, patch: Patch, model: Any, *, params: Params | 
 
     Raises:
       UsageError: a patch that peft has no adapter for, with the reason; nothing is written.
+
+    >>> import tempfile, jax
+    >>> from fishjax import models, patches
+    >>> config = {"model_type": "gpt2", "vocab_size": 11, "n_embd": 8}
+    >>> model = models.build(config | {"n_layer": 1, "n_head": 2, "n_positions": 6})
+    >>> params = model.init(jax.random.key(0))
+    >>> patch = patches.init_lora(jax.random.key(1), params, rank=2, targets="peft")
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     save_peft(folder, patch, model)
+    ...     sorted(p.name for p in Path(folder).iterdir())
+    ['adapter_config.json', 'adapter_model.safetensors']
     """
     import jax
 

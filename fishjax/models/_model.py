@@ -73,6 +73,11 @@ def build(config: dict[str, Any], names: Collection[str] | None = None) -> Model
 
     Raises:
       UsageError: an architecture that is not known here.
+
+    >>> config = {"model_type": "gpt2", "vocab_size": 11, "n_embd": 8}
+    >>> model = build(config | {"n_layer": 1, "n_head": 2, "n_positions": 6})
+    >>> model.blocks
+    ('transformer.h.0',)
     """
     family = config.get("model_type")
     if not isinstance(family, str) or family not in FAMILIES:
@@ -95,6 +100,15 @@ def load(folder: str | Path, *, dtype: Any = None, shardings: Any = None) -> tup
       UsageError: no such folder, no config.json, or an unknown architecture.
       FileFormatError: a malformed file.
       StructureError: missing, extra or wrongly shaped tensors, each named.
+
+    >>> import tempfile, jax
+    >>> config = {"model_type": "gpt2", "vocab_size": 11, "n_embd": 8}
+    >>> model = build(config | {"n_layer": 1, "n_head": 2, "n_positions": 6})
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     save(folder, model, model.init(jax.random.key(0)))
+    ...     model, params = load(folder)
+    >>> model.generate(params, {"input_ids": [[3, 1, 4]]}, max_new_tokens=2).shape
+    (1, 2)
     """
     import jax
 
@@ -134,6 +148,14 @@ def save(folder: str | Path, model: Model, params: Params) -> None:
 
     Raises:
       StructureError: parameters that do not fit the model; nothing is written.
+
+    >>> import tempfile, jax, os
+    >>> config = {"model_type": "gpt2", "vocab_size": 11, "n_embd": 8}
+    >>> model = build(config | {"n_layer": 1, "n_head": 2, "n_positions": 6})
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     save(folder, model, model.init(jax.random.key(0)))
+    ...     sorted(os.listdir(folder))
+    ['config.json', 'model.safetensors']
     """
     from fishjax import checkpoint, tree
 
@@ -153,6 +175,14 @@ def example_loss(model: Model) -> LossFn:
 
     Raises:
       UsageError: a model without a head that predicts labels.
+
+    >>> import jax, jax.numpy as jnp
+    >>> config = {"model_type": "gpt2", "vocab_size": 11, "n_embd": 8}
+    >>> model = build(config | {"n_layer": 1, "n_head": 2, "n_positions": 6})
+    >>> params = jax.tree.map(jnp.zeros_like, model.init(jax.random.key(0)))
+    >>> loss = example_loss(model)(params, {"input_ids": jnp.array([3, 1, 4])})
+    >>> round(float(jnp.exp(loss / 2)))  # two next tokens, each one of 11
+    11
     """
     import jax
     import jax.numpy as jnp
@@ -178,6 +208,13 @@ def example_logits(model: Model) -> LogitsFn:
 
     Raises:
       UsageError: a model without a head that predicts labels.
+
+    >>> import jax, jax.numpy as jnp
+    >>> config = {"model_type": "gpt2", "vocab_size": 11, "n_embd": 8}
+    >>> model = build(config | {"n_layer": 1, "n_head": 2, "n_positions": 6})
+    >>> params, example = model.init(jax.random.key(0)), {"input_ids": jnp.array([3, 1, 4])}
+    >>> example_logits(model)(params, example).shape, model.token_mask(example)
+    ((3, 11), Array([ True,  True, False], dtype=bool))
     """
     import jax
 

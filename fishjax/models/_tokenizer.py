@@ -58,6 +58,12 @@ def pad(rows: Sequence[Sequence[int]], model: Model) -> dict[str, np.ndarray]:
 
     Raises:
       UsageError: an empty row, or an id outside of the model's vocabulary.
+
+    >>> from fishjax import models
+    >>> config = {"model_type": "gpt2", "vocab_size": 11, "n_embd": 8, "eos_token_id": 2}
+    >>> model = models.build(config | {"n_layer": 1, "n_head": 2, "n_positions": 6})
+    >>> pad([[3, 1, 4], [1]], model)["attention_mask"].tolist()
+    [[1, 1, 1], [1, 0, 0]]
     """
     size = model.config["vocab_size"]
     for i, row in enumerate(rows):
@@ -74,6 +80,13 @@ def pad(rows: Sequence[Sequence[int]], model: Model) -> dict[str, np.ndarray]:
 
 
 def until_end(ids: Sequence[int], model: Model) -> list[int]:
-    """Return the ids before the first one that ends a sequence."""
+    """Return the ids before the first one that ends a sequence.
+
+    >>> from fishjax import models
+    >>> config = {"model_type": "gpt2", "vocab_size": 11, "n_embd": 8, "eos_token_id": 2}
+    >>> model = models.build(config | {"n_layer": 1, "n_head": 2, "n_positions": 6})
+    >>> until_end([3, 1, 2, 0], model)
+    [3, 1]
+    """
     ends = set(end_ids(model.config))
     return list(itertools.takewhile(lambda token: token not in ends, ids))
