@@ -1,0 +1,92 @@
+"""Read examples for a language model from a file of JSON lines."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fishjax.errors import FileFormatError
+from fishjax.models import Model, load_tokenizer, pad
+from fishjax.types import Batch
+
+
+def load_jsonl(path: str | Path, folder: str | Path, model: Model) -> Batch:
+    """Return the examples of a file as arrays with a leading axis of examples, padded to one length.
+
+    A line is one of, all lines alike:
+
+        {"text": "a fine film", "label": 1}              a class; "text_pair" may join "text"
+        {"text": "translate: ja", "target": "yes"}       sequence to sequence
+        {"text": "once upon a time"}                     a causal language model predicts the text itself
+        {"input_ids": [3, 1, 4], "labels": [1, 5, 9]}    tokens as they are; "labels" may be an int or absent
+
+    Args:
+      folder: the model's folder, whose tokenizer.json encodes text.
+
+    Raises:
+      FileFormatError: a line is malformed, or of another form than the first.
+      UsageError: there is text and no tokenizer.
+    """
+    rows = _rows(Path(path))
+    fields = set(rows[0])
+    if "input_ids" in fields:
+        batch = pad([row["input_ids"] for row in rows], model)
+        labels = [row["labels"] for row in rows] if "labels" in fields else None
+    else:
+        tokenizer = load_tokenizer(folder, model)
+        texts = [(r["text"], r["text_pair"]) if "text_pair" in fields else r["text"] for r in rows]
+        coded = tokenizer.encode_batch(texts)
+        batch = pad([c.ids for c in coded], model)
+        if "text_pair" in fields:
+            batch["token_type_ids"] = _padded([c.type_ids for c in coded], 0)
+        labels = [row["label"] for row in rows] if "label" in fields else None
+        if "target" in fields:
+            labels = [c.ids for c in tokenizer.encode_batch([row["target"] for row in rows])]
+    if labels is None:
+        return batch
+    return batch | {
+        "labels": np.array(labels, np.int32) if isinstance(labels[0], int) else _padded(labels, -100)
+    }
+
+
+def _rows(path: Path) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise FileFormatError(f"`{path}`, line {number}, is not JSON: {error}") from None
+        if problem := _problem(row, rows[0] if rows else row):
+            raise FileFormatError(f"`{path}`, line {number}: {problem}")
+        rows.append(row)
+    if not rows:
+        raise FileFormatError(f"`{path}` has no example")
+    return rows
+
+
+FORMS = ({"text", "text_pair", "label"}, {"text", "target"}, {"input_ids", "labels"})
+
+
+def _problem(row: Any, first: Any) -> str | None:
+    """Say what is wrong with a line, or None."""
+    names = set(row) if isinstance(row, dict) else set()
+    if not names & {"text", "input_ids"} or not any(names <= form for form in FORMS):
+        return "wanted `text`, with `text_pair` and `label` or with `target`; or `input_ids`, with `labels`"
+    for name, value in row.items():
+        tokens = isinstance(value, list) and len(value) > 0 and all(type(x) is int for x in value)
+        ok = {"input_ids": tokens, "labels": tokens or type(value) is int, "label": type(value) is int}
+        if not ok.get(name, isinstance(value, str)):
+            return f"`{name}` is {value!r:.40}"
+    if {k: type(v) for k, v in row.items()} != {k: type(v) for k, v in first.items()}:
+        return f"holds {sorted(names)} where the first line holds {sorted(first)}, or of another type"
+    return None
+
+
+def _padded(rows: list[list[int]], fill: int) -> np.ndarray:
+    out = np.full((len(rows), max(map(len, rows))), fill, np.int32)
+    for i, row in enumerate(rows):
+        out[i, : len(row)] = row
+    return out
