@@ -113,6 +113,7 @@ SIZES = {
         {"model_type": "llama", "vocab_size": 128256, "hidden_size": 3072, "intermediate_size": 8192}
         | {"num_hidden_layers": 28, "num_attention_heads": 24, "num_key_value_heads": 8, "head_dim": 128},
     ),
+    "digits": (5 * (2 * 128 + 512), {"model_type": "fishjax_digits"}),
 }
 
 

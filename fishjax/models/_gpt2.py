@@ -18,6 +18,7 @@ from fishjax.models._layers import (
     make_keys,
     remember,
     split_heads,
+    token_logits,
     visible,
 )
 from fishjax.models._model import Model
@@ -112,6 +113,4 @@ class Head(nn.Module):
     def __call__(self, carry: dict[str, Any]) -> Array:
         c = self.config
         x = LayerNorm(c.eps, name=f"{c.prefix}ln_f")(carry["x"])
-        if c.tied:
-            return Embedding(c.vocab, c.width, name=f"{c.prefix}wte").attend(x)
-        return Linear(c.vocab, name="lm_head")(x)
+        return token_logits(x, c.vocab, f"{c.prefix}wte" if c.tied else None)

@@ -158,6 +158,13 @@ class Embedding(nn.Module):
         return jax.lax.dot_general(x, self.weight, (((x.ndim - 1,), (1,)), ((), ())))
 
 
+def token_logits(x: Array, size: int, tied: str | None) -> Array:
+    """Return logits over `size` tokens: by the embedding of this name, or by `lm_head` (None)."""
+    if tied is not None:
+        return Embedding(size, x.shape[-1], name=tied).attend(x)
+    return Linear(size, name="lm_head")(x)
+
+
 class Bias(nn.Module):
     """A vector added along the last axis."""
 

@@ -18,6 +18,7 @@ from fishjax.models._layers import (
     rope_frequencies,
     rotate,
     split_heads,
+    token_logits,
     visible,
 )
 from fishjax.models._model import Model
@@ -163,8 +164,5 @@ class Head(nn.Module):
     def __call__(self, carry: dict[str, Any]) -> Array:
         c = self.config
         x = RMSNorm(c.eps, offset=1.0 if c.gemma else 0.0, name="model.norm")(carry["x"])
-        if c.tied:
-            logits = Embedding(c.vocab, c.width, name="model.embed_tokens").attend(x)
-        else:
-            logits = Linear(c.vocab, name="lm_head")(x)
+        logits = token_logits(x, c.vocab, "model.embed_tokens" if c.tied else None)
         return logits if c.final_softcap is None else c.final_softcap * nn.tanh(logits / c.final_softcap)

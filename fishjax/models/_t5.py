@@ -18,6 +18,7 @@ from fishjax.models._layers import (
     make_keys,
     remember,
     split_heads,
+    token_logits,
     visible,
 )
 from fishjax.models._model import Model
@@ -231,6 +232,4 @@ class Head(nn.Module):
         x = RMSNorm(c.eps, name="decoder.final_layer_norm")(carry["x"])
         if c.scaled:
             x = x * c.width**-0.5
-        if c.tied:
-            return Embedding(c.vocab, c.width, std=1.0, name="shared").attend(x)
-        return Linear(c.vocab, name="lm_head")(x)
+        return token_logits(x, c.vocab, "shared" if c.tied else None)

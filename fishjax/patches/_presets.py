@@ -22,6 +22,12 @@ class Preset(NamedTuple):
     lora: Rules  # queries and values; the axis is the input
 
 
+_T5_IA3 = {r"Attention\.[kv]\.weight$": 0, r"DenseReluDense\.wo\.weight$": 1}
+_DIGITS_IA3: Rules = {
+    r"attention\.(key|value)\.kernel$": (1, 2),
+    r"attention\.(key|value)\.bias$": (0, 1),
+    r"mlp_out\.kernel$": 0,
+}
 _KEY_VALUE = r"self_attn\.[kv]_proj\.(weight|bias)$"
 _QUERY_VALUE = r"self_attn\.[qv]_proj\.(weight|bias)$"
 _DOWN = {r"mlp\.down_proj\.weight$": 1}
@@ -32,8 +38,8 @@ _BERT_KEY_VALUE = {r"attention\.self\.(key|value)\.(weight|bias)$": 0}
 PRESETS: dict[str, Preset] = {
     "t5": Preset(
         mark=r"\.layer\.0\.SelfAttention\.q\.weight$",
-        paper={r"Attention\.[kv]\.weight$": 0, r"DenseReluDense\.wo\.weight$": 1},
-        peft={r"Attention\.[kv]\.weight$": 0, r"DenseReluDense\.wo\.weight$": 1},
+        paper=_T5_IA3,
+        peft=_T5_IA3,
         lora={r"Attention\.[qv]\.weight$": 1},
     ),
     "bert": Preset(
@@ -85,16 +91,8 @@ PRESETS: dict[str, Preset] = {
     ),
     "fishjax_digits": Preset(
         mark=r"^block_0\.attention\.key\.kernel$",
-        paper={
-            r"attention\.(key|value)\.kernel$": (1, 2),
-            r"attention\.(key|value)\.bias$": (0, 1),
-            r"mlp_out\.kernel$": 0,
-        },
-        peft={
-            r"attention\.(key|value)\.kernel$": (1, 2),
-            r"attention\.(key|value)\.bias$": (0, 1),
-            r"mlp_out\.kernel$": 0,
-        },
+        paper=_DIGITS_IA3,
+        peft=_DIGITS_IA3,
         lora={r"attention\.(query|value)\.kernel$": 0},
     ),
 }
