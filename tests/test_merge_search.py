@@ -1,8 +1,10 @@
 """Choosing weights, and RegMean."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
 
 from fishjax import errors, merge
 from fishjax.merge import search
@@ -115,3 +117,41 @@ def test_bad_grams():
     ):
         with pytest.raises(errors.FishjaxError, match=wrong):
             merge.regmean(models, grams=grams)
+
+
+def test_grams_are_those_of_a_models_own_activations():
+    class Net(nn.Module):
+        @nn.compact
+        def __call__(self, ids):
+            x = nn.Embed(11, 6, name="embed")(ids)
+            x = nn.relu(nn.Dense(8, name="first")(x))
+            return nn.Dense(3, name="second")(x)
+
+    ids = [jnp.arange(10).reshape(2, 5), jnp.arange(5).reshape(1, 5)]
+    params = Net().init(jax.random.key(0), ids[0])["params"]
+    apply = lambda p, batch: Net().apply({"params": p}, batch)
+    found = merge.grams(apply, params, ids)
+    assert set(found) == {"first.kernel", "second.kernel"}
+    rows = np.concatenate(
+        [np.asarray(params["embed"]["embedding"], np.float64)[i].reshape(-1, 6) for i in ids]
+    )
+    np.testing.assert_allclose(found["first.kernel"], rows.T @ rows, rtol=1e-5, atol=1e-6)
+    hidden = np.maximum(rows @ np.asarray(params["first"]["kernel"]) + np.asarray(params["first"]["bias"]), 0)
+    np.testing.assert_allclose(found["second.kernel"], hidden.T @ hidden, rtol=1e-5, atol=1e-5)
+    assert set(merge.grams(apply, params, ids, targets="second")) == {"second.kernel"}
+
+
+def test_grams_see_transposed_weights_and_refuse_what_they_cannot_see():
+    w, x = jnp.arange(12.0).reshape(4, 3), jnp.arange(6.0).reshape(2, 3)
+    np.testing.assert_allclose(merge.grams(lambda p, x: x @ p["w"].T, {"w": w}, [x])["w"], x.T @ x)
+    np.testing.assert_allclose(
+        merge.grams(jax.jit(lambda p, x: jnp.einsum("bi,oi->bo", x, p["w"])), {"w": w}, [x])["w"], x.T @ x
+    )
+
+    def scanned(p, x):
+        return jax.lax.scan(lambda c, w: (c @ w, None), x, p["w"])[0]
+
+    with pytest.raises(errors.UsageError, match="inside a scan"):
+        merge.grams(scanned, {"w": jnp.ones((2, 3, 3))}, [x])
+    with pytest.raises(errors.UsageError, match="at least one batch"):
+        merge.grams(scanned, {"w": jnp.ones((2, 3, 3))}, [])

@@ -35,6 +35,15 @@ METHODS = {
     "wise_ft": WISE_FT,
 }
 
+
+def __getattr__(name: str) -> object:
+    if name == "grams":  # runs a model, so it needs jax, which merging files does not
+        from fishjax.merge._grams import grams
+
+        return grams
+    raise AttributeError(f"module `fishjax.merge` has no attribute `{name}`")
+
+
 __all__ = [
     "METHODS",
     "Evidence",
@@ -50,6 +59,7 @@ __all__ = [
     "find_dtype",
     "fisher",
     "gradient_matching",
+    "grams",
     "information",
     "model_stock",
     "nuslerp",
