@@ -113,7 +113,11 @@ SIZES = {
         {"model_type": "llama", "vocab_size": 128256, "hidden_size": 3072, "intermediate_size": 8192}
         | {"num_hidden_layers": 28, "num_attention_heads": 24, "num_key_value_heads": 8, "head_dim": 128},
     ),
-    "digits": (5 * (2 * 128 + 512), {"model_type": "fishjax_digits"}),
+    "digits": (
+        5 * (2 * 128 + 512),
+        {"model_type": "fishjax_digits", "hidden_size": 128, "num_attention_heads": 4}
+        | {"num_hidden_layers": 5, "intermediate_size": 512},
+    ),
 }
 
 
