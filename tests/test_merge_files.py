@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from fishjax import checkpoint, errors, merge, tree
+from fishjax.merge import _output
 from fishjax.merge._blocks import narrow
 from fishjax.merge._select import Ranking
 from fishjax.merge._statistics import GRAIN
@@ -205,6 +206,16 @@ def test_ranking_is_exact(make, dtype):
         assert passes <= (6 if dtype == np.float64 else 4)
 
 
+def test_a_guess_is_not_an_answer():
+    x = np.concatenate([np.zeros(1000), np.ones(50)]).astype(np.float32)
+    ranking = Ranking([[50]])
+    ranking.guess([x[:1000]], x.size)  # nothing but zeros: the first span is one pattern, the wrong one
+    while not ranking.done:
+        ranking.add(ranking.count([x]))
+        ranking.narrow()
+    assert ranking.values() == [[1.0]]
+
+
 BIG = """
 import sys, numpy as np
 from fishjax import merge
@@ -285,6 +296,35 @@ def test_a_killed_merge_is_resumed(tmp_path):
     assert stdout.split()[0] == want
     assert (tmp_path / "want.safetensors").read_bytes() == out.read_bytes()
     assert state["pieces"] == reached[1] and len(tail) == 4 and not journal.parent.exists()
+
+
+def test_what_is_done_is_not_done_again(tmp_path, monkeypatch):
+    paths = [tmp_path / "a.safetensors", tmp_path / "b.safetensors"]
+    for i, path in enumerate(paths):
+        _write_big(path, i, 4 << 20)
+    want = merge.files("average", paths, tmp_path / "want.safetensors")
+    monkeypatch.setattr(_output, "SECONDS", 0.0)
+    written, real = [], _output.Output.write
+
+    def write(self, name, start, values):
+        if len(written) in (20, 45):
+            written.append(None)
+            raise KeyboardInterrupt
+        written.append((name, start))
+        real(self, name, start, values)
+
+    monkeypatch.setattr(_output.Output, "write", write)
+    run = lambda: merge.files("average", paths, tmp_path / "out.safetensors", block=GRAIN, threads=1)
+    journal = tmp_path / "out.safetensors.partial" / "journal.json"
+    done = []
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            run()
+        done.append(json.loads(journal.read_text())["pieces"])
+    assert 10 <= done[0] <= 20 and done[0] + 10 <= done[1] <= 45
+    before = len(written)
+    assert run() == want
+    assert len(written) - before == 64 - done[1]  # 4 tensors of 16 pieces
 
 
 def test_another_recipe_does_not_resume(world, tmp_path):
