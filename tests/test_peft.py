@@ -196,6 +196,24 @@ def test_adapters_that_do_not_fit_are_refused(tmp_path):
         checkpoint.load_peft(folder, *load("llama3")[:2])
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"r": "2"},
+        {"lora_alpha": None},
+        {"rank_pattern": ["q"]},
+        {"alpha_pattern": {"q_proj": "high"}},
+        {"alpha_pattern": {"(a+)+x": 1}},
+        {"alpha_pattern": {".*.*.*.*.*x": 1}},
+        {"alpha_pattern": {"(": 1}},
+    ],
+)
+def test_configs_that_lie_about_numbers_or_would_run_for_long_are_refused(tmp_path, changes):
+    folder = copy(tmp_path, "mistral/adapters/lora", **changes)
+    with pytest.raises(FileFormatError, match=CONFIG):
+        checkpoint.load_peft(folder, *load("mistral")[:2])
+
+
 def test_a_config_whose_rank_is_not_that_of_the_tensors_is_refused(tmp_path):
     folder = copy(tmp_path, "mistral/adapters/lora", r=7)
     with pytest.raises(StructureError, match="rank"):

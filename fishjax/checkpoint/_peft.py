@@ -166,6 +166,8 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
         raise UsageError(
             f"`{path}` is a `{config.get('peft_type')}` adapter; LORA, IA3 and SHIRA are read here"
         )
+    if config["peft_type"] == "LORA":
+        _check_numbers(path, config)
     init = str(config.get("init_lora_weights", True)).lower()
     odd = [
         n for n in ("use_dora", "lora_bias", "layer_replication", "alora_invocation_tokens") if config.get(n)
@@ -178,6 +180,29 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
         )
     with open_file(file) as tensors:
         return config, {n: np.array(tensors[n]) for n in tensors}
+
+
+def _check_numbers(path: Path, config: Mapping[str, Any]) -> None:
+    """Raise unless ranks and alphas are numbers, by regexes that cannot run for long."""
+    for field in ("rank_pattern", "alpha_pattern"):
+        patterns = config.get(field) or {}
+        if not isinstance(patterns, dict):
+            raise FileFormatError(f"`{path / CONFIG}`: `{field}` must be an object; got {patterns!r:.60}")
+        for pattern in patterns:
+            # A repeated group, or many repetitions, can take exponential time; no adapter needs them.
+            slow = re.search(r"\)[*+{]", pattern) or len(re.findall(r"[*+{]", pattern)) > 4
+            try:
+                re.compile(pattern)
+            except re.error:
+                slow = True
+            if slow or len(pattern) > 500:
+                raise FileFormatError(
+                    f"`{path / CONFIG}`: `{field}` has the pattern {pattern!r:.80}, not taken"
+                )
+    numbers = [config.get("r"), config.get("lora_alpha", 8)]
+    numbers += [x for f in ("rank_pattern", "alpha_pattern") for x in (config.get(f) or {}).values()]
+    if not all(type(x) in (int, float) and math.isfinite(x) for x in numbers):
+        raise FileFormatError(f"`{path / CONFIG}`: ranks and alphas must be numbers; got {numbers!r:.80}")
 
 
 def _leaf(name: str, leaves: Mapping, what: str) -> str:
