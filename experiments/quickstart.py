@@ -22,12 +22,11 @@ import gin
 import jax
 import numpy as np
 
-from experiments import contribute, report
-from experiments.contribute import key_of
+from experiments import report
 from experiments.gin_cli import main
 from experiments.worlds import World
-from fishjax import checkpoint, cli, data, fisher, masks, merge, models, patches, plot, vet
-from fishjax.types import Batch, Fisher, Params, Patch
+from fishjax import checkpoint, cli, contribute, data, fisher, masks, merge, models, patches, plot, vet
+from fishjax.types import Array, Batch, Params, Patch
 
 SPLITS = ("train", "validation", "test")
 
@@ -105,6 +104,7 @@ def run(
 
     # Each contributor trains few numbers on the own world, with the known one mixed in.
     rows, files, fishers, tuned, told = [], {}, [], [], []
+    estimator = fisher.exact(models.example_logits(model))
     for number, who in enumerate(contributors, 1):
         own = who.world.of(digits["train"])
         mixed = data.concatenate(own, familiar)
@@ -122,7 +122,11 @@ def run(
         checkpoint.save_patch(files[who.name], patch, base=base, metadata={**facts, "recipe": recipe})
         params = patches.apply(base, patch)
         tuned.append(params)
-        fishers.append(_fisher(model, params, mixed, fisher_examples, seed, folder / "fishers", who.name))
+        some = next(data.batches(mixed, fisher_examples, seed=seed))
+        fishers.append(fisher.estimate(estimator, params, data.batches(some, 64)))
+        facts = {"estimator": "exact", "examples": fisher_examples, "seed": seed, "data": recipe["data"]}
+        (folder / "fishers").mkdir(exist_ok=True)
+        checkpoint.save_fisher(folder / "fishers" / f"{who.name}.safetensors", fishers[-1], metadata=facts)
         if made.mask is not None:
             plot.mask_density(made.mask, folder / "plots" / f"mask_{who.name}")
         told.append((made, patch))
@@ -138,6 +142,7 @@ def run(
             }
         )
 
+    jax.clear_caches()  # each training was a program of its own, which is not needed again
     first, first_data = contributors[0], contributors[0].world.of(digits["train"])
     others = []
     for number, other in enumerate(baselines, 10):
@@ -146,6 +151,8 @@ def run(
         patch = train(made, base, mixed, other.learning_rate, number, other.name)
         score = accuracy(patches.apply(base, patch), first.world)
         others.append({"name": other.name, "parameters": patches.num_parameters(patch), "accuracy": score})
+
+    jax.clear_caches()
 
     # Three patches that a maintainer must refuse.
     last, (made, _) = contributors[-1], told[-1]
@@ -218,15 +225,12 @@ def _fresh(folder: Path) -> Path:
     return folder
 
 
-def _fisher(model, params: Params, rows: Batch, examples: int, seed: int, folder: Path, name: str) -> Fisher:
-    """Estimate a contributor's exact Fisher on own training data and write it beside the patch."""
-    folder.mkdir(exist_ok=True)
-    some = next(data.batches(rows, min(examples, data.examples(rows)), seed=seed))
-    estimator = fisher.exact(models.example_logits(model))
-    found = fisher.estimate(estimator, params, data.batches(some, 64))
-    recipe = {"estimator": "exact", "examples": data.examples(some), "seed": seed, "data": "bundled_digits"}
-    checkpoint.save_fisher(folder / f"{name}.safetensors", found, metadata=recipe)
-    return found
+def key_of(seed: int, *path: int) -> Array:
+    """Return the key of one use of randomness under a seed."""
+    key = jax.random.key(seed)
+    for number in path:
+        key = jax.random.fold_in(key, number)
+    return key
 
 
 def _mislabelled(rows: Batch) -> Batch:

@@ -3,7 +3,7 @@
 The rooms, in the order in which they may import each other (a test holds it):
 
     types, errors, tree -> leaves -> fisher -> masks -> patches -> checkpoint -> models -> data
-      -> train -> merge -> compose -> vet -> store -> mesh -> swarm -> cli
+      -> train -> contribute -> merge -> compose -> vet -> store -> mesh -> swarm -> cli
 
 Importing `fishjax` loads none of them, so that commands which only read files start without jax.
 """
@@ -14,6 +14,7 @@ from types import ModuleType
 __version__ = "0.1.0"
 __all__ = [
     "checkpoint",
+    "contribute",
     "data",
     "errors",
     "fisher",

@@ -9,7 +9,7 @@ import numpy as np
 
 from fishjax import tree
 from fishjax.errors import UsageError
-from fishjax.types import Mask
+from fishjax.types import Fisher, Mask
 
 
 def mask_density(mask: Mask, path: str | Path) -> list[Path]:
@@ -29,9 +29,41 @@ def mask_density(mask: Mask, path: str | Path) -> list[Path]:
         dark = np.nanmax(share) / 2
         for (i, j), value in np.ndenumerate(share):
             if np.isfinite(value):
-                axes.text(j, i, f"{value:.2g}", ha="center", va="center", color="w" if value < dark else "k")
+                axes.text(j, i, f"{value:.3g}", ha="center", va="center", color="w" if value < dark else "k")
         figure.colorbar(image, label="% of entries kept")
         axes.set_title("Where the mask sits")
+    return _written(path)
+
+
+def fisher_histograms(fisher: Fisher, path: str | Path) -> list[Path]:
+    """Draw, layer by layer, how many entries of a Fisher lie at which power of ten.
+
+    Entries that are exactly zero are counted in the layer's label.
+
+    Args:
+      fisher: `[*p]` >= 0 for every leaf.
+      path: where to, without an ending.
+    """
+    layers: dict[str, list[np.ndarray]] = {}
+    for name, leaf in tree.flatten(fisher).items():
+        layers.setdefault(_layer(name), []).append(np.asarray(leaf, np.float32).reshape(-1))
+    rows = {name: np.concatenate(layers[name]) for name in sorted(layers, key=_natural)}
+    powers = {name: np.log10(x[x > 0]) for name, x in rows.items()}
+    if not any(len(p) for p in powers.values()):
+        raise UsageError("the Fisher is zero everywhere; there is nothing to draw")
+    low = min(p.min() for p in powers.values() if len(p))
+    high = max(p.max() for p in powers.values() if len(p))
+    edges = np.linspace(low, max(high, low + 1e-3), 61)
+    with _figure(path, (7, 1.4 + 0.45 * len(rows))) as (_, axes):
+        for i, name in enumerate(rows):
+            height, _ = np.histogram(powers[name], edges)
+            top = max(height.max(initial=0), 1)
+            axes.fill_between(edges[:-1], -i, 0.85 * height / top - i, step="post", alpha=0.8)
+        zeros = {name: np.count_nonzero(x == 0) / max(1, x.size) for name, x in rows.items()}
+        labels = [f"{n}, {100 * z:.3g} % zero" if z else n for n, z in zeros.items()]
+        axes.set_yticks([-i for i in range(len(rows))], labels, fontsize=8)
+        axes.set_xlabel("log10 of the Fisher information")
+        axes.set_title("Diagonal Fisher by layer (each scaled to its peak)")
     return _written(path)
 
 
@@ -84,16 +116,22 @@ def accuracies(table: Mapping[str, Mapping[str, float]], path: str | Path) -> li
     return _written(path)
 
 
+def _layer(name: str) -> str:
+    """Return the layer of a leaf: its name up to the first number, else its first part."""
+    found = re.match(r".*?\d+(?=\.)|[^.]+", name)
+    return found[0] if found else name
+
+
+def _natural(text: str) -> list:
+    """Sort key that puts `block_2` before `block_10`."""
+    return [(0, int(p), "") if p.isdigit() else (1, 0, p) for p in re.split(r"(\d+)", text) if p]
+
+
 def _by_layer(kept: Mapping[str, tuple[int, int]]):
-    """Split names at their last number: layer and kind of leaf; return a table of (kept, size)."""
-    places = {}
-    for name in kept:
-        layer = re.match(r".*?\d+(?=[._])|[^.]*\d+(?=\.)|[^.]+", name)
-        assert layer is not None
-        places[name] = (layer[0], name[len(layer[0]) :].strip("._") or "-")
-    order = lambda text: [int(p) if p.isdigit() else p for p in re.split(r"(\d+)", text)]
-    rows = sorted({r for r, _ in places.values()}, key=order)
-    columns = sorted({c for _, c in places.values()}, key=order)
+    """Return layers, kinds of leaf, and a table of (kept, size)."""
+    places = {n: (_layer(n), n[len(_layer(n)) :].strip(".") or "-") for n in kept}
+    rows = sorted({r for r, _ in places.values()}, key=_natural)
+    columns = sorted({c for _, c in places.values()}, key=_natural)
     cells = [[(0, 0) for _ in columns] for _ in rows]
     for name, (row, column) in places.items():
         cells[rows.index(row)][columns.index(column)] = kept[name]

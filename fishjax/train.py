@@ -5,6 +5,7 @@ The optimiser sees the patch's inexact leaves and nothing else, so its state is 
 
 import itertools
 import os
+import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -171,6 +172,11 @@ def restore_state(path: str | os.PathLike, like: Any) -> Any:
         restored = checkpointer.restore(path, abstract)
     leaves = [restored[f"{i}"] for i in range(len(restored))]
     return jax.tree.unflatten(jax.tree.structure(like), leaves)
+
+
+def remove_state(path: str | os.PathLike) -> None:
+    """Remove a training state that is no longer needed; nothing happens if there is none."""
+    shutil.rmtree(path, ignore_errors=True)
 
 
 def _named(state: Any) -> dict[str, Array]:

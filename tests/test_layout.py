@@ -18,6 +18,7 @@ ORDER = [
     ["models"],
     ["data"],
     ["train"],
+    ["contribute"],
     ["merge"],
     ["compose"],
     ["vet"],

@@ -14,7 +14,20 @@ from typing import NoReturn
 import fishjax
 from fishjax.errors import FishjaxError, UsageError
 
-COMMANDS = ("inspect", "diff", "apply", "vet", "merge", "fisher", "mask", "train", "generate", "convert", "plot", "fsck")
+COMMANDS = (
+    "inspect",
+    "diff",
+    "apply",
+    "vet",
+    "merge",
+    "fisher",
+    "mask",
+    "train",
+    "generate",
+    "convert",
+    "plot",
+    "fsck",
+)
 
 _EPILOG = (
     "exit codes: 0 done or accepted, 1 policy failed, 2 usage or missing file, 3 malformed or corrupt file, "

@@ -1,0 +1,199 @@
+"""A contributor's work from a model folder to a patch file, and the ways to choose what is trained.
+
+Each way is called as `make(key, base, model, batches)` with batches of the contributor's own data, and
+starts a patch that changes nothing yet.
+"""
+
+import hashlib
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import optax
+
+from fishjax import checkpoint, data, fisher, masks, models, patches, train
+from fishjax.errors import UsageError
+from fishjax.types import Array, Batch, Digest, Mask, Params, Patch
+
+
+class Made(NamedTuple):
+    """A patch before training, and what is to be said of how it was chosen."""
+
+    patch: Patch
+    recipe: dict[str, Any]
+    mask: Mask | None = None
+
+
+def fish(
+    key: Array, base: Params, model: models.Model, batches: Sequence[Batch], *, density: float, **rules
+) -> Made:
+    """Choose the entries of largest empirical Fisher: the FISH mask; `rules` as in `masks.topk`."""
+    del key
+    scores = fisher.estimate(fisher.empirical(models.example_loss(model)), base, batches)
+    examples = sum(data.examples(batch) for batch in batches)
+    recipe = {"method": "fish", "density": density, "estimator": "empirical", "examples": examples}
+    return _masked(base, masks.topk(scores, density=density, **rules), recipe)
+
+
+def random(
+    key: Array, base: Params, model: models.Model, batches: Sequence[Batch], *, density: float, **rules
+) -> Made:
+    """Choose entries at random: the baseline that a FISH mask has to beat."""
+    del model, batches
+    mask = masks.random(key, base, density=density, **rules)
+    return _masked(base, mask, {"method": "random", "density": density})
+
+
+def magnitude(
+    key: Array, base: Params, model: models.Model, batches: Sequence[Batch], *, density: float, **rules
+) -> Made:
+    """Choose the weights of largest absolute value."""
+    del key, model, batches
+    mask = masks.magnitude(base, density=density, **rules)
+    return _masked(base, mask, {"method": "magnitude", "density": density})
+
+
+def full(
+    key: Array,
+    base: Params,
+    model: models.Model,
+    batches: Sequence[Batch],
+    *,
+    targets: str | Sequence[str] = "",
+) -> Made:
+    """Train whole leaves: everything, or those of some names (`"bias$"` is BitFit)."""
+    del key, model, batches
+    return Made(patches.init_dense(base, targets), {"method": "dense"})
+
+
+def ia3(
+    key: Array,
+    base: Params,
+    model: models.Model,
+    batches: Sequence[Batch],
+    *,
+    targets: str | Mapping[str, Any] = "paper",
+) -> Made:
+    """Rescale keys, values and the inner activations: (IA)^3."""
+    del key, model, batches
+    return Made(patches.init_ia3(base, targets=targets), {"method": "ia3"})
+
+
+def lora(
+    key: Array,
+    base: Params,
+    model: models.Model,
+    batches: Sequence[Batch],
+    *,
+    rank: int,
+    targets: str | Sequence[str] | Mapping[str, Any],
+    alpha: float = 1.0,
+) -> Made:
+    """Add low-rank products: LoRA."""
+    del model, batches
+    patch = patches.init_lora(key, base, rank=rank, targets=targets, alpha=alpha)
+    return Made(patch, {"method": "lora", "rank": rank, "alpha": alpha})
+
+
+def fit(
+    patch: Patch,
+    base: Params,
+    model: models.Model,
+    rows: Batch,
+    *,
+    steps: int,
+    learning_rate: float,
+    batch_size: int = 64,
+    seed: int = 0,
+    folder: str | os.PathLike | None = None,
+    description: str = "training",
+) -> Patch:
+    """Train a patch by Adam: a tenth of the steps as warm-up, then a cosine to zero.
+
+    Args:
+      rows: `{field: [n, ...]}`, batches of which are drawn by the seed.
+      steps, batch_size: at least 1.
+      folder: where the training's state is kept; a training that was stopped goes on from there.
+    """
+    schedule = optax.warmup_cosine_decay_schedule(0.0, learning_rate, max(1, steps // 10), steps)
+    optimizer = optax.adam(schedule)
+    state, _ = train.fit(
+        train.init(patch, optimizer),
+        train.make_step(models.example_loss(model), optimizer),
+        base,
+        data.batches(rows, min(batch_size, data.examples(rows)), seed=seed, epochs=None),
+        steps=steps,
+        folder=folder,
+        description=description,
+    )
+    return train.patch_of(state)
+
+
+def run(
+    *,
+    model: str,
+    data_from: str,
+    out: str,
+    make: Callable[..., Made],
+    steps: int,
+    learning_rate: float,
+    batch_size: int = 32,
+    seed: int = 0,
+    split: str = "train",
+    examples: int = 1024,
+    metadata: Mapping[str, Any] | None = None,
+) -> Digest:
+    """Make a patch for a model folder and write it: what `fishjax train` calls.
+
+    A training that was stopped goes on: its state is in `OUT.partial/` until the patch is written.
+
+    Args:
+      model: a folder with config.json and weights.
+      data_from: a TFDS name, or a FILE.jsonl as of `data.load_jsonl`.
+      out: the patch file to write.
+      make: what is trained, one of the functions above with its arguments bound.
+      steps, learning_rate, batch_size, seed: of the training.
+      split: of a TFDS data set.
+      examples: how many examples `make` sees at most (FISH needs few: arXiv 2111.09839, section 5.2).
+      metadata: author, licence, claims ... for the patch's manifest.
+
+    Raises:
+      UsageError: `out` exists, or an argument makes no sense.
+    """
+    if Path(out).exists():
+        raise UsageError(f"`{out}` exists; remove it or choose another name")
+    loaded, base = models.load(model)
+    rows, data_id = read(data_from, model, loaded, split=split)
+    some = {name: x[:examples] for name, x in rows.items()}
+    batches = list(data.batches(some, min(batch_size, data.examples(some))))
+    made = make(jax.random.key(seed), base, loaded, batches)
+    partial = Path(f"{out}.partial")
+    patch = fit(
+        made.patch,
+        base,
+        loaded,
+        rows,
+        steps=steps,
+        learning_rate=learning_rate,
+        batch_size=batch_size,
+        seed=seed,
+        folder=partial,
+    )
+    recipe = {**made.recipe, "seed": seed, "data": data_id, "steps": steps, "learning_rate": learning_rate}
+    digest = checkpoint.save_patch(out, patch, base=base, metadata={**(metadata or {}), "recipe": recipe})
+    train.remove_state(partial)
+    return digest
+
+
+def read(name: str, folder: str, model: models.Model, *, split: str = "train") -> tuple[Batch, str]:
+    """Return the examples of a TFDS data set or a FILE.jsonl, and what identifies them."""
+    if name.endswith(".jsonl"):
+        content = hashlib.sha256(Path(name).read_bytes()).hexdigest()
+        return data.load_jsonl(name, folder, model), f"sha256:{content}"
+    return data.load(name, split), f"{name}/{split}"
+
+
+def _masked(base: Params, mask: Mask, recipe: dict[str, Any]) -> Made:
+    return Made(patches.init_sparse(base, mask), recipe, mask)

@@ -1,0 +1,118 @@
+"""From a model folder to a patch file: the command line, each way to choose, and a stop in the middle."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from fishjax import checkpoint, cli, contribute, models, patches, train
+
+pytest.importorskip("tensorflow_datasets")
+STRONG = ("STEPS = 100", "contribute.fish.density = 0.05", "contribute.run.learning_rate = 0.03")
+SMALL = {"model_type": "fishjax_digits", "num_hidden_layers": 1, "hidden_size": 16, "intermediate_size": 32}
+
+
+@pytest.fixture(autouse=True)
+def standard_promotion():
+    """Flax and optax mix dtypes of their own."""
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        yield
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("FISHJAX_DATA_DIR", str(tmp_path / "data"))
+    model = models.build(SMALL)
+    models.save(tmp_path / "model", model, model.init(jax.random.key(0)))
+    return tmp_path
+
+
+def bindings(folder, *more):
+    lines = [f'MODEL = "{folder}/model"', f'OUT = "{folder}/p.safetensors"', 'DATA = "bundled_digits"', *more]
+    return [word for line in lines for word in ("--gin_bindings", line)]
+
+
+def test_fishjax_train_makes_a_patch_that_fits_and_helps(folder, capsys):
+    args = ["train", "--gin_file", "configs/train_fish.gin", *bindings(folder, *STRONG)]
+    assert cli.main(args) == 0
+    assert capsys.readouterr().out.startswith("sha256:")
+    patch, metadata = checkpoint.load_patch(folder / "p.safetensors")
+    model, base = models.load(folder / "model")
+    kept = sum(k.values.size for k in patch.values())
+    assert kept == round(0.05 * sum(x.size for x in jax.tree.leaves(base)))
+    assert metadata["recipe"]["method"] == "fish" and metadata["recipe"]["data"] == "bundled_digits/train"
+    rows, _ = contribute.read("bundled_digits", "", model, split="validation")
+    loss = jax.jit(lambda p: jax.vmap(models.example_loss(model), (None, 0))(p, rows).mean())
+    tuned = patches.apply(base, jax.tree.map(jnp.asarray, patch))
+    assert loss(tuned) < loss(base) - 0.2
+    assert not (folder / "p.safetensors.partial").exists()
+    assert cli.main(args) == 2 and "exists" in capsys.readouterr().err
+    apply = [
+        "apply",
+        str(folder / "p.safetensors"),
+        "--base",
+        str(folder / "model"),
+        "--out",
+        str(folder / "new"),
+    ]
+    assert cli.main(apply) == 0
+    config = json.loads((folder / "new" / "config.json").read_text())
+    assert config["model_type"] == "fishjax_digits"
+
+
+def test_a_training_that_was_stopped_goes_on_to_the_same_patch(folder, monkeypatch):
+    args = ["train", "--gin_file", "configs/train_fish.gin", *bindings(folder, "STEPS = 12")]
+    assert cli.main(args) == 0
+    straight = (folder / "p.safetensors").read_bytes()
+    (folder / "p.safetensors").unlink()
+
+    original, calls = train.fit, []
+
+    def stopped(state, step, params, batches, **options):
+        calls.append(1)
+        return original(state, step, params, batches, **{**options, "steps": 5})
+
+    with monkeypatch.context() as patched:
+        patched.setattr(train, "fit", stopped)
+        patched.setattr(checkpoint, "save_patch", lambda *a, **k: (_ for _ in ()).throw(KeyboardInterrupt()))
+        assert cli.main(args) == 130
+    assert calls and not (folder / "p.safetensors").exists() and (folder / "p.safetensors.partial").is_dir()
+    assert cli.main(args) == 0
+    assert (folder / "p.safetensors").read_bytes() == straight
+
+
+@pytest.mark.parametrize(
+    ("make", "options"),
+    [
+        (contribute.random, {"density": 0.1}),
+        (contribute.magnitude, {"density": 0.1}),
+        (contribute.full, {"targets": "bias$"}),
+        (contribute.lora, {"rank": 2, "targets": "mlp"}),
+        (contribute.ia3, {"targets": {"mlp_in": -1}}),
+    ],
+)
+def test_every_way_starts_with_no_change(make, options):
+    model = models.build(SMALL)
+    base = model.init(jax.random.key(0))
+    if make is contribute.lora:
+        options = {**options, "targets": "mlp_(in|out).kernel"}
+    made = make(jax.random.key(1), base, model, [], **options)
+    jax.tree.map(np.testing.assert_array_equal, patches.apply(base, made.patch), base)
+    assert json.dumps(made.recipe)
+
+
+@pytest.mark.parametrize(
+    ("binding", "message"),
+    [
+        ("contribute.run.stepz = 1", "stepz"),
+        ("contribute.run.make = @contribute.fishy", "fishy"),
+        ('DATA = "no.jsonl"', "no.jsonl"),
+        ('MODEL = "/nowhere"', "nowhere"),
+    ],
+)
+def test_wrong_configurations_are_one_line_and_exit_code_2(folder, capsys, binding, message):
+    assert cli.main(["train", "--gin_file", "configs/train_fish.gin", *bindings(folder, binding)]) == 2
+    said = capsys.readouterr().err.strip()
+    assert message in said and "\n" not in said

@@ -1,0 +1,59 @@
+"""Plots are files that can be read, the same for the same data; what cannot be drawn is said."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from fishjax import checkpoint, cli, plot
+from fishjax.errors import UsageError
+
+pytest.importorskip("matplotlib")
+PNG, SVG = b"\x89PNG", b"<?xml"
+
+
+def params():
+    names = {f"block_{i}": {"attn": {"kernel": (4, 6)}, "bias": (3,)} for i in (0, 2, 10)}
+    rng = np.random.default_rng(0)
+    draw = lambda s: jnp.asarray(rng.random(s) ** 8, jnp.float32)
+    return jax.tree.map(draw, names | {"head": (5,)}, is_leaf=lambda x: isinstance(x, tuple))
+
+
+def heads(files):
+    return [f.read_bytes()[: len(head)] for f, head in zip(files, (PNG, SVG), strict=True)]
+
+
+def test_every_plot_is_written_twice_and_has_the_same_bytes_again(tmp_path):
+    fisher = params()
+    mask = jax.tree.map(lambda x: x > 0.1, fisher)
+    draw = {
+        "fisher": lambda path: plot.fisher_histograms(fisher, path),
+        "mask": lambda path: plot.mask_density(mask, path),
+        "sweep": lambda p: plot.merge_sweep([0, 0.5, 1], {"average": [0.1, 0.9, 0.2]}, p, ends=("a", "b")),
+        "bars": lambda p: plot.accuracies({"base": {"x": 0.1, "y": 0.2}, "merged": {"x": 0.5, "y": 0.6}}, p),
+    }
+    for name, function in draw.items():
+        first, again = function(tmp_path / name), function(tmp_path / f"{name}_again")
+        assert heads(first) == [PNG, SVG]
+        assert [f.read_bytes() for f in first] == [f.read_bytes() for f in again], name
+
+
+def test_layers_are_in_natural_order_and_hold_their_shares():
+    kept = {"block_10.w": (1, 4), "block_2.w": (2, 4), "head": (3, 6), "block_2.b": (0, 1)}
+    rows, columns, cells = plot._by_layer(kept)
+    assert rows == ["block_2", "block_10", "head"] and columns == ["-", "b", "w"]
+    assert cells == [[(0, 0), (0, 1), (2, 4)], [(0, 0), (0, 0), (1, 4)], [(3, 6), (0, 0), (0, 0)]]
+
+
+def test_the_command_draws_beside_the_file(tmp_path, capsys):
+    checkpoint.save_fisher(tmp_path / "f.safetensors", params(), metadata={})
+    assert cli.main(["plot", "fisher", str(tmp_path / "f.safetensors")]) == 0
+    assert capsys.readouterr().out.split() == [str(tmp_path / "f.png"), str(tmp_path / "f.svg")]
+    assert cli.main(["plot", "mask", str(tmp_path / "f.safetensors")]) == 3
+    assert cli.main(["plot", "fisher", str(tmp_path / "none.safetensors")]) == 2
+
+
+def test_a_zero_fisher_is_refused(tmp_path):
+    with pytest.raises(UsageError, match="zero everywhere"):
+        plot.fisher_histograms({"w": np.zeros(3)}, tmp_path / "f")
+    assert not list(tmp_path.iterdir())
