@@ -12,7 +12,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from fishjax import checkpoint, cli, models, patches, tree
-from fishjax.errors import FileFormatError, StructureError, UsageError
+from fishjax.errors import FileFormatError, FishjaxError, StructureError, UsageError
 
 FIXTURES = pathlib.Path(__file__).parent / "fixtures" / "models"
 
@@ -220,6 +220,30 @@ def test_configs_that_do_not_fit_the_file_are_refused(tmp_path, case, change, er
         models.load(tmp_path / "m")
         return
     with pytest.raises(error):
+        models.load(tmp_path / "m")
+
+
+@pytest.mark.parametrize("case", ["t5_v1_0", "bert_classifier", "gemma2"])
+def test_entries_of_a_wrong_kind_are_told_and_never_crash(case, tmp_path):
+    shutil.copytree(FIXTURES / case, tmp_path / "m")
+    path = tmp_path / "m" / "config.json"
+    config = json.loads(path.read_text())
+    junk = [(n, x) for n in config for x in (None, "x", [], {}, 1.5, 10_000)]
+    refused = 0
+    for i in np.random.default_rng(0).choice(len(junk), 25, replace=False):
+        path.write_text(json.dumps(config | dict([junk[i]])))
+        try:
+            models.load(tmp_path / "m")
+        except FishjaxError:
+            refused += 1
+    assert refused >= 4
+
+
+def test_a_depth_that_the_file_does_not_have_is_found_before_anything_is_built(tmp_path):
+    shutil.copytree(FIXTURES / "llama", tmp_path / "m")
+    path = tmp_path / "m" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"num_hidden_layers": 10_000}))
+    with pytest.raises(StructureError, match=r"model\.layers\.3` and 9996 more blocks"):
         models.load(tmp_path / "m")
 
 

@@ -100,8 +100,8 @@ def required(config: Mapping[str, Any], *names: str) -> list[Any]:
     Raises:
       FileFormatError: one is missing, or is no size.
     """
-    odd = [n for n in names if type(config.get(n)) is not int or not 0 < config[n] < 1 << 31]
-    odd += [n for n in names if n not in odd and "layer" in n and config[n] > 10_000]
+    most = lambda name: 10_000 if "layer" in name or "head" in name else 1 << 31
+    odd = [n for n in names if type(config.get(n)) is not int or not 0 < config[n] <= most(n)]
     if odd:
         text = ", ".join(f"`{n}` (got {config.get(n, 'nothing')!r})" for n in odd)
         raise FileFormatError(f"config.json of a `{config['model_type']}` needs positive sizes: {text}")

@@ -55,7 +55,8 @@ def build(config: dict[str, Any], names: Collection[str] | None = None) -> Model
     )
     family = config["model_type"]
     gemma, bias = family == "gemma2", bool(config.get("attention_bias", False))
-    head_dim = config.get("head_dim") or {"qwen3": 128, "gemma2": 256}.get(family, width // heads)
+    size = config.get("head_dim") or {"qwen3": 128, "gemma2": 256}.get(family, width // heads)
+    (head_dim,) = required({**config, "head_dim": size}, "head_dim")
     act = config.get("hidden_activation") if gemma else None
     tied = config.get("tie_word_embeddings", gemma) and (names is None or "lm_head.weight" not in names)
     c = Config(

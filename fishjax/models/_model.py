@@ -28,6 +28,10 @@ FAMILIES: dict[str, str] = {
 }
 
 
+# What a config.json with strings for numbers, lists for objects and the like runs into.
+WRONG_TYPES = (TypeError, ValueError, AttributeError, KeyError, IndexError, ArithmeticError)
+
+
 class Model(NamedTuple):
     """A family's pure functions for one config; nothing here holds parameters.
 
@@ -83,7 +87,15 @@ def build(config: dict[str, Any], names: Collection[str] | None = None) -> Model
     if not isinstance(family, str) or family not in FAMILIES:
         known = ", ".join(f"`{f}`" for f in FAMILIES)
         raise UsageError(f"`model_type` must be one of {known}; got `{family}`")
-    return importlib.import_module(FAMILIES[family]).build(config, names)
+    builder = importlib.import_module(FAMILIES[family]).build
+    try:
+        return builder(config, names)
+    except FishjaxError:
+        raise
+    except WRONG_TYPES as error:
+        raise FileFormatError(
+            f"config.json of a `{family}` has an entry of a wrong kind: {error!r:.200}"
+        ) from None
 
 
 def load(folder: str | Path, *, dtype: Any = None, shardings: Any = None) -> tuple[Model, Params]:
@@ -268,12 +280,18 @@ def check_params(model: Model, flat: dict[str, Any], where: Any) -> None:
 
     from fishjax import tree
 
+    branches = {n[: i + 1] for n in flat for i, c in enumerate(n) if c == "."}
+    if absent := [b for b in model.blocks if f"{b}." not in branches]:
+        raise StructureError(
+            f"`{where}` does not fit `{model.family}` as config.json describes it; missing: "
+            f"all of `{absent[0]}`" + (f" and {len(absent) - 1} more blocks" if len(absent) > 1 else "")
+        )
     try:
         wanted = tree.flatten(jax.eval_shape(model.init, jax.random.key(0)))
     except FishjaxError:
         raise
-    except (TypeError, ValueError, ZeroDivisionError) as error:  # sizes that do not go together
-        first = str(error).splitlines()[0]
+    except WRONG_TYPES as error:  # sizes that do not go together
+        first = f"{type(error).__name__} {error}".splitlines()[0][:200]
         raise StructureError(
             f"`{where}`: config.json describes no `{model.family}` that can be built: {first}"
         ) from None
