@@ -12,6 +12,10 @@ from fishjax import fisher, tree
 from fishjax.fisher import _one_pass, _squares
 
 B, T, D = 3, 5, 4
+QUICK = {
+    "xla_backend_optimization_level": 0,
+    "xla_llvm_disable_expensive_passes": True,
+}  # compiling is what costs
 
 
 @jax.custom_vjp
@@ -105,6 +109,9 @@ OPERATIONS = {
     "square_and_shared": lambda h, ids, p: (h @ p(D, D)) @ p(D, D) + p(D, D).sum(),
     "stop_gradient": lambda h, ids, p: h @ p(D, D) + lax.stop_gradient(p(D, D)).sum(),
     "compared": lambda h, ids, p: jnp.where(p(D)[None] > 0, h, 2 * h) + p(D)[None],
+    "fourier": lambda h, ids, p: h * jnp.abs(jnp.fft.fft(p(D)))[None],
+    "complex": lambda h, ids, p: jnp.real(h.astype(complex) @ lax.complex(p(D, D), p(D, D))),
+    "barrier": lambda h, ids, p: h @ lax.optimization_barrier((p(D, D), p(D)))[0],
     "norm": lambda h, ids, p: norm(h, p(D)) + p(D)[None],
     "scalar_part": lambda h, ids, p: scalar_part(h, p(D, D)),
     "embed": lambda h, ids, p: h + jnp.take(p(6, D), ids, axis=0),
@@ -175,7 +182,8 @@ def compare(loss, params, batch, tolerance=1e-10, chunk_size=3):
     total = {}
     for method, chunk in (("reference", 1), ("one_pass", chunk_size)):
         estimator = fisher.empirical(loss, method=method, chunk_size=chunk)
-        total[method] = jax.jit(estimator.update)(estimator.init(params), params, batch).total
+        update = jax.jit(estimator.update, compiler_options=QUICK)
+        total[method] = update(estimator.init(params), params, batch).total
     want, got = tree.flatten(total["reference"]), tree.flatten(total["one_pass"])
     for name, f in want.items():
         assert got[name].dtype == f.dtype and bool(jnp.all(got[name] >= 0)), name
@@ -236,3 +244,169 @@ def test_random_programs(operations, share, room):
                 compare(loss, params, batch(), 1e-4 if "dense_cast" in operations else 1e-9)
     finally:
         _one_pass.MOST_COPIED, _one_pass.FEW, _squares.HELD["cpu"] = before
+
+
+def encoder(layers=2, d=32, heads=2, vocabulary=500, classes=3):
+    """A BERT-shaped classifier in plain JAX, float32, and a batch of 6 examples of 16 tokens."""
+    rng = np.random.default_rng(0)
+    normal = lambda *shape: jnp.asarray(rng.normal(size=shape) * 0.2, jnp.float32)
+    layer = lambda: {
+        **{n: normal(d, heads, d // heads) for n in "qkv"},
+        **{f"{n}_bias": normal(heads, d // heads) for n in "qkv"},
+        "o": normal(heads, d // heads, d),
+        "o_bias": normal(d),
+        "up": normal(d, 4 * d),
+        "down": normal(4 * d, d),
+        "norm1": 1 + normal(d),
+        "norm2": 1 + normal(d),
+    }
+    params = {
+        "token": normal(vocabulary, d),
+        "position": normal(64, d),
+        **{f"layer{i}": layer() for i in range(layers)},
+        "head": normal(d, classes),
+    }
+
+    def logits(params, example):
+        ids = example["ids"]
+        x = jnp.take(params["token"], ids, axis=0) + params["position"][: ids.shape[0]]
+        for i in range(layers):
+            w = params[f"layer{i}"]
+            q, k, v = (jnp.einsum("td,dhk->thk", x, w[n]) + w[f"{n}_bias"][None] for n in "qkv")
+            a = jax.nn.softmax(jnp.einsum("thk,shk->hts", q, k) * (d // heads) ** -0.5)
+            x = norm(x + jnp.einsum("hts,shk,hkd->td", a, v, w["o"]) + w["o_bias"][None], w["norm1"])
+            x = norm(x + jax.nn.gelu(x @ w["up"]) @ w["down"], w["norm2"])
+        return x[0] @ params["head"]
+
+    batch = {"ids": rng.integers(0, vocabulary, (6, 16)), "y": rng.integers(0, classes, 6)}
+    return logits, params, jax.tree.map(lambda x: x.astype(np.int32), batch)
+
+
+def test_an_encoder_in_float32_agrees_in_norm_and_in_its_mask():
+    logits, params, batch = encoder()
+    loss = lambda p, e: -jax.nn.log_softmax(logits(p, e))[e["y"]]
+    flat = [
+        np.concatenate([np.ravel(x) for x in jax.tree.leaves(fisher.estimate(estimator, params, [batch]))])
+        for estimator in (
+            fisher.empirical(loss, method="reference", chunk_size=1),
+            fisher.empirical(loss, method="one_pass", chunk_size=4),
+        )
+    ]
+    assert np.linalg.norm(flat[0] - flat[1]) <= 1e-6 * np.linalg.norm(flat[0])
+    kept = [set(np.argsort(-f, kind="stable")[: round(0.005 * f.size)]) for f in flat]
+    assert kept[0] == kept[1]
+
+
+@pytest.mark.parametrize("make", [fisher.exact, fisher.sampled])
+def test_exact_and_sampled_go_through_one_pass(make, key):
+    logits, params, batch = encoder(layers=1)
+    results = [
+        fisher.estimate(make(logits, method=m, chunk_size=c), params, [batch], key=key)
+        for m, c in (("reference", 2), ("one_pass", 4))
+    ]
+    total = sum(float(jnp.sum(x**2)) for x in jax.tree.leaves(results[0]))
+    apart = sum(float(jnp.sum((x - y) ** 2)) for x, y in zip(*map(jax.tree.leaves, results), strict=True))
+    assert apart <= 1e-12 * total
+
+
+def test_half_precision_squares_in_float32():
+    logits, params, batch = encoder(layers=1)
+    params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
+    estimators = [fisher.exact(logits, method=m) for m in ("reference", "one_pass")]
+    want, got = (tree.flatten(fisher.estimate(e, params, [batch])) for e in estimators)
+    for name in want:
+        assert got[name].dtype == jnp.float32
+        scale = float(jnp.linalg.norm(want[name]))
+        assert float(jnp.linalg.norm(got[name] - want[name])) <= 0.05 * scale + 1e-12, name
+
+
+def test_explain_names_the_way_of_each_leaf():
+    logits, params, batch = encoder(layers=1)
+    example = jax.tree.map(lambda x: x[0], batch)
+    loss = lambda p, e: -jax.nn.log_softmax(logits(p, e))[e["y"]]
+    said = fisher.explain(loss, params, example)
+    table = [line.split() for line in said.splitlines()]
+    assert ["token", "[500,", "32]", "in", "place", "rows"] in table
+    assert ["layer0.q", "[32,", "2,", "16]", "in", "place", "dot_general"] in table
+    assert "100.0 % in place" in said and "one_pass" in said.splitlines()[-1]
+
+    def tied(p, e):
+        return loss(p, e) + jnp.sum(jnp.sin(jnp.take(p["token"], e["ids"], axis=0) @ p["token"].T))
+
+    (line,) = (x for x in fisher.explain(tied, params, example).splitlines() if x.startswith("token"))
+    assert "copies" in line and "shared: rows, dot_general" in line
+
+
+def test_explain_on_linen_and_nnx():
+    import flax.linen as nn
+    from flax import nnx
+
+    model = nn.Sequential([nn.Dense(4), nn.relu, nn.Dense(2)])
+    params = model.init(jax.random.key(0), jnp.ones(3))["params"]
+    said = fisher.explain(lambda p, x: model.apply({"params": p}, x).sum(), params, jnp.ones(3))
+    assert "layers_0.kernel" in said and "in place  dot_general" in said
+
+    graph, state = nnx.split(nnx.Linear(3, 2, rngs=nnx.Rngs(0)))
+    loss = lambda s, x: jnp.sum(nnx.merge(graph, s)(x) ** 2)
+    assert "kernel  [3, 2]  in place  dot_general" in fisher.explain(loss, state, jnp.ones(3))
+    x = np.random.default_rng(0).normal(size=(5, 3)).astype(np.float32)
+    got = fisher.estimate(fisher.empirical(loss, method="one_pass"), state, [x])
+    want = fisher.estimate(fisher.empirical(loss, method="reference"), state, [x])
+    assert jax.tree.structure(got) == jax.tree.structure(want)
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5)
+
+
+def test_auto_takes_the_reference_way_where_no_rule_helps(limits):
+    limits(copied=0, few=2**14)
+    shared = lambda p, x: jnp.sum(jnp.sin(x @ p["w"]) + jnp.cos(x @ p["w"]))
+    params = {"w": jnp.ones((4, 4)), "b": jnp.ones(2)}
+    said = fisher.explain(shared, params, jnp.ones((5, 4)))
+    assert said.splitlines()[-1].startswith("18 parameters: 11.1 % in place, 88.9 % reference. reference")
+    limits()
+    assert (
+        fisher.explain(shared, params, jnp.ones((5, 4)))
+        .splitlines()[-1]
+        .split(". ")[1]
+        .startswith("one_pass")
+    )
+
+
+def test_a_while_loop_goes_the_reference_way():
+    def loss(p, x):
+        stop = lax.while_loop(lambda w: w.sum() < 0, lambda w: w + 1, p["w"])
+        return jnp.sum(x @ p["w"]) + lax.stop_gradient(stop).sum() + jnp.sum(x @ p["v"])
+
+    params = {"w": jnp.ones((4, 4)), "v": jnp.ones((4, 4))}
+    x = np.random.default_rng(0).normal(size=(B, T, 4)).astype(np.float32)
+    assert ways(loss, params, x) == {"w": "reference", "v": "in place"}
+    compare(loss, params, x, 1e-6)
+
+
+def test_memory_bounds_the_micro_batch_and_does_not_grow_with_examples():
+    logits, params, batch = encoder()
+    loss = lambda p, e: -jax.nn.log_softmax(logits(p, e))[e["y"]]
+    many = jax.tree.map(lambda x: np.tile(x, (20, *[1] * (x.ndim - 1))), batch)
+
+    def temporary(batch, **options):
+        estimator = fisher.empirical(loss, method="one_pass", **options)
+        state = jax.eval_shape(estimator.init, params)
+        compiled = jax.jit(estimator.update, donate_argnums=0).lower(state, params, batch).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    small = temporary(many, memory=2**20)
+    assert small <= 1.2 * temporary(batch, memory=2**20)
+    assert small < temporary(many) / 4
+    held = sum(x.nbytes for x in jax.tree.leaves(params))
+    assert small <= 2 * held + 2**21
+
+
+def test_a_sharded_batch_gives_the_same_numbers():
+    logits, params, batch = encoder(layers=1)
+    batch = jax.tree.map(lambda x: np.concatenate([x, x[:2]]), batch)
+    mesh = jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    placed = jax.device_put(batch, jax.NamedSharding(mesh, jax.P("data")))
+    estimator = fisher.exact(logits, method="one_pass", chunk_size=4)
+    want, got = fisher.estimate(estimator, params, [batch]), fisher.estimate(estimator, params, [placed])
+    for x, y in zip(jax.tree.leaves(want), jax.tree.leaves(got), strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-6 * float(jnp.abs(x).max()))

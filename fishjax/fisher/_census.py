@@ -76,12 +76,12 @@ def is_structural(equation: Equation) -> bool:
         return equation.params["dimensions"] is None
     if equation.name == "convert_element_type":
         return jnp.issubdtype(equation.params["new_dtype"], jnp.floating)
-    return equation.name in ("transpose", "squeeze", "slice", "split", "copy")
+    return equation.name in ("transpose", "squeeze", "slice", "split", "copy", "sharding_constraint")
 
 
 def has_gradient(equation: Equation) -> bool:
     """Say whether any output of an equation can carry a gradient."""
-    return any(jnp.issubdtype(getattr(v.aval, "dtype", bool), jnp.floating) for v in equation.eqn.outvars)
+    return any(jnp.issubdtype(getattr(v.aval, "dtype", bool), jnp.inexact) for v in equation.eqn.outvars)
 
 
 def _walk(jaxpr: Jaxpr, pieces, path: Path, lengths, uses) -> list[_Piece | None]:
@@ -111,7 +111,7 @@ def _meet(equation, operands, lengths, uses):
     rows = is_row_take(equation) and equation.eqn.invars[0] is variable
     _add(uses, first, "rows" if rows else equation.name, equation, variable, lengths)
     for _, piece in others:
-        _hand_on(piece, equation.name, lengths, uses)
+        _hand_on(piece, f"{equation.name} with another parameter", lengths, uses)
 
 
 def _hand_on(piece, how, lengths, uses):

@@ -16,7 +16,7 @@ from fishjax import tree
 from fishjax.fisher import _census, _reference, _squares
 from fishjax.fisher._census import Use
 from fishjax.fisher._scores import Scores
-from fishjax.fisher._taps import Hub, Tap, float_of_index
+from fishjax.fisher._taps import Hub, Tap
 from fishjax.leaves import evaluate, shape_of
 from fishjax.types import Array, Batch, Example, Fisher, Params
 
@@ -26,7 +26,8 @@ MOST_COPIED = 2**22
 # Below this many, copies are cheaper than collecting what the uses of a shared parameter hand out.
 FEW = 2**14
 
-BILINEAR = ("dot_general", "conv_general_dilated", "rows", "gather")
+BILINEAR = ("dot_general", "conv_general_dilated", "rows")
+MOST_ROWS = 2**24  # a row's number must be exact in float32
 
 
 class Way(NamedTuple):
@@ -56,17 +57,21 @@ def _choose(name: str, leaf: Array, uses: list[Use]) -> Way:
     if not uses:
         return Way(name, leaf.shape, "in place", "not used", uses)
     said = ", ".join(dict.fromkeys(_say(u) for u in uses))
-    if any(u.how == "while" for u in uses):
+    if any(u.how.startswith("while") for u in uses):
         return Way(name, leaf.shape, "reference", f"in a while loop ({said})", uses)
     if _census.is_single(uses):
         if size > MOST_COPIED and any(u.how not in BILINEAR for u in uses):
             return Way(name, leaf.shape, "reference", f"no rule for {said} of a leaf this large", uses)
         return Way(name, leaf.shape, "in place", said, uses)
-    if size > FEW and all(u.how in BILINEAR and u.chain is not None for u in uses):
+    if size > FEW and leaf.shape[0] < MOST_ROWS and all(map(_is_collected, uses)):
         return Way(name, leaf.shape, "hub", f"shared: {said}", uses)
     if size <= MOST_COPIED:
         return Way(name, leaf.shape, "copies", f"shared: {said}", uses)
     return Way(name, leaf.shape, "reference", f"shared: {said}", uses)
+
+
+def _is_collected(use: Use) -> bool:
+    return use.how in BILINEAR and use.equation is not None and use.chain is not None
 
 
 def _say(use: Use) -> str:
@@ -124,10 +129,10 @@ def _leaf(way: Way, weight: Array, sinks, channels, number) -> Any:
 
 
 def _channel(use: Use, size: int) -> Any:
-    """Zeros like what a use hands out: its other operands (indices as floats) and its cotangents."""
+    """Zeros like what a use hands out: its other operands (rows' numbers as floats) and its cotangents."""
 
     def zeros(v: Any):
-        dtype = v.aval.dtype if jnp.issubdtype(v.aval.dtype, jnp.floating) else float_of_index(v.aval.dtype)
+        dtype = v.aval.dtype if jnp.issubdtype(v.aval.dtype, jnp.inexact) else jnp.float32
         return jnp.zeros((size, *use.lengths, *shape_of(v)), dtype)
 
     return tuple(map(zeros, _others(use))), tuple(map(zeros, use.equation.eqn.outvars))
@@ -147,7 +152,7 @@ def _of_hub(w: Array, uses: list[Use], handed: Any) -> Array:
         ids, g = [], []
         for u in uses:
             (index,), (rows,) = handed[u.equation.path]
-            ids.append(_squares.row_ids(index.reshape(size, -1), w.shape[0], u.equation.params["mode"]))
+            ids.append(index.reshape(size, -1).astype(jnp.int32))
             g.append(rows.reshape(size, ids[-1].shape[1], -1))
         if _squares.rows_pay(sum(x.shape[1] for x in ids), w.shape[0]):
             return _squares.row_squares(

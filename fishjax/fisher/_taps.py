@@ -149,7 +149,11 @@ class Hub:
         def backward(saved, g):
             w, xs = saved
             _, pull = jax.vjp(lambda *xs: op(w, *xs), *xs)
-            return None, (as_floats(xs), tuple(g)), *pull(g)
+            if equation.name == "gather":  # indices have no cotangent: they travel as exact floats
+                handed = (_squares.row_ids(xs[0], w.shape[0], equation.params["mode"]).astype(jnp.float32),)
+            else:
+                handed = xs
+            return None, (handed, tuple(g)), *pull(g)
 
         use.defvjp(lambda w, channel, *xs: (op(w, *xs), (w, xs)), backward)
         return use(self.w, self.channels[equation.path], *[values[v] for v in others])
@@ -157,16 +161,4 @@ class Hub:
 
 def floats(values: list[Array]) -> list[Array]:
     """Return those that carry a gradient."""
-    return [x for x in values if jnp.issubdtype(x.dtype, jnp.floating)]
-
-
-def as_floats(xs: tuple[Array, ...]) -> tuple[Array, ...]:
-    """Return indices as floats, so that they can travel as a cotangent; others as they are."""
-    return tuple(
-        x if jnp.issubdtype(x.dtype, jnp.floating) else x.astype(float_of_index(x.dtype)) for x in xs
-    )
-
-
-def float_of_index(dtype: Any) -> Any:
-    """Return a float dtype that holds the indices of any table that fits in memory exactly."""
-    return jnp.float64 if jnp.dtype(dtype).itemsize == 8 else jnp.float32
+    return [x for x in values if jnp.issubdtype(x.dtype, jnp.inexact)]
