@@ -108,12 +108,15 @@ def _options(args: argparse.Namespace) -> dict[str, Any]:
 
     from fishjax.errors import UsageError
     from fishjax.merge import find_dtype
+    from fishjax.merge._files import RESERVED
 
     options: dict[str, Any] = {}
     for pair in args.set:
         key, equals, value = pair.partition("=")
         if not equals or not key:
             raise UsageError(f"--set wants K=V; got `{pair}`")
+        if key in (*RESERVED, "method", "base", "weights", "keep", "dtype"):
+            raise UsageError(f"--set {key} is no option of a method; see `fishjax merge --help`")
         try:
             options[key] = yaml.safe_load(value)
         except yaml.YAMLError as error:

@@ -14,6 +14,7 @@ from fishjax.merge._rule import (
     deltas,
     only,
     times,
+    whole_number,
 )
 from fishjax.merge._task import check_sum, combined
 from fishjax.merge._ties import check_density
@@ -104,7 +105,7 @@ def _check(
         "density": check_density(density, n),
         **check_sum(n, weights, scale, elect=elect, normalize=normalize),
         "rescale": choice("rescale", rescale, ("paper", "l1", None)),
-        "seed": int(seed),
+        "seed": whole_number("seed", seed),
     }
 
 

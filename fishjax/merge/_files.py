@@ -20,6 +20,8 @@ from fishjax.merge._unpack import is_patch
 from fishjax.progress import track
 from fishjax.types import Digest
 
+RESERVED = ("inputs", "out", "digests", "block", "threads")  # arguments that are no method's options
+
 
 def files(
     method: str | Callable[..., Any],

@@ -16,7 +16,7 @@ from fishjax.checkpoint._dtypes import Spec
 from fishjax.errors import StructureError, UsageError
 from fishjax.merge._blocks import Tensor
 from fishjax.merge._plan import Job, find_rule, full_options, open_tensors
-from fishjax.merge._rule import is_inexact
+from fishjax.merge._rule import is_inexact, number
 
 _SUM = {"weight", "normalize", "rescale", "lambda", "int8_mask"}
 METHODS = {  # mergekit's name -> its parameters
@@ -76,7 +76,7 @@ def mergekit_plan(
       UsageError: an unknown key, method or parameter; something that is not supported, by name.
     """
     method = recipe["merge_method"]
-    if method not in METHODS:
+    if not isinstance(method, str) or method not in METHODS:
         raise UsageError(f"mergekit's `{method}` is not supported; there are {', '.join(METHODS)}")
     _check_keys(recipe)
     opened: dict[Path, dict[str, Tensor]] = {}
@@ -116,11 +116,12 @@ def _check_keys(recipe: Mapping[str, Any]) -> None:
 
 def _slices(recipe: Mapping[str, Any], base: Path | None, open_model: Any, known: set[str]) -> list[Slice]:
     slices = []
-    for entry in recipe.get("slices") or [{"sources": recipe["models"]}]:
+    given = _filled("slices", recipe["slices"]) if "slices" in recipe else [{"sources": recipe["models"]}]
+    for entry in given:
         _check_entry(entry, {"sources", "parameters", "base_model"}, "a slice")
         own_base = open_model(entry["base_model"])[0] if entry.get("base_model") is not None else base
         sources, lengths = [], set()
-        for part in entry["sources"]:
+        for part in _filled("sources" if "slices" in recipe else "models", entry.get("sources")):
             wanted = {"model", "parameters"} | ({"layer_range"} if "slices" in recipe else set())
             _check_entry(part, wanted, "a source")
             path, tensors = open_model(part.get("model"))
@@ -139,13 +140,19 @@ def _slices(recipe: Mapping[str, Any], base: Path | None, open_model: Any, known
     return slices
 
 
+def _filled(word: str, value: Any) -> list[Any]:
+    if not isinstance(value, list) or not value:
+        raise UsageError(f"a recipe's `{word}` must be a list that is not empty; got {value!r}")
+    return value
+
+
 def _range(part: Mapping[str, Any]) -> tuple[int, int]:
     span = part.get("layer_range")
     if not (
         isinstance(span, list)
         and len(span) == 2
         and all(isinstance(i, int) for i in span)
-        and span[0] < span[1]
+        and 0 <= span[0] < span[1]
     ):
         raise UsageError(f"`layer_range` must be [first, last + 1]; got {span}")
     return span[0], span[1]
@@ -161,6 +168,8 @@ def _check_entry(entry: Any, known: set[str], what: str) -> None:
 
 def _settings(entry: Mapping[str, Any], what: str, known: set[str]) -> Mapping[str, Any]:
     settings = entry.get("parameters") or {}
+    if not isinstance(settings, Mapping):
+        raise UsageError(f"the `parameters` of {what} must be a mapping; got {settings!r}")
     for key in settings:
         if key not in known:
             raise UsageError(
@@ -189,6 +198,8 @@ def _evaluate(setting: Any, name: str, t: float) -> Any:
     if any(isinstance(s, Mapping) for s in setting):
         for s in setting:
             _check_entry(s, {"filter", "value"}, "a filter")
+            if "value" not in s:
+                raise UsageError(f"a filter of a recipe needs a `value`; got {s!r}")
             if s.get("filter") in (None, "*") or str(s["filter"]) in name:
                 return _evaluate(s["value"], name, t)
         return None
@@ -263,6 +274,9 @@ def _job(
     others = [(s, t) for s, t in pairs if not s.is_base]
     rest = [t for _, t in others]
 
+    def amount(key: str, source: Source | None = None, default: float | None = None) -> float:
+        return number(key, get(key, source, default))
+
     def make(rule: str, models: Sequence[Tensor], origin: Tensor | None = None, **options: Any) -> Job:
         _, found = find_rule(rule)
         if found.needs_base and origin is None:
@@ -273,18 +287,18 @@ def _job(
     if method == "passthrough":
         if len(tensors) != 1:
             raise UsageError(f"mergekit's `passthrough` takes one model a slice; got {len(tensors)}")
-        return make("average", tensors, weights=[get("scale", piece.sources[0], 1.0)], normalize=False)
+        return make("average", tensors, weights=[amount("scale", piece.sources[0], 1.0)], normalize=False)
     if method == "linear":
-        weights = [get("weight", s) for s, _ in pairs]
+        weights = [amount("weight", s) for s, _ in pairs]
         return make("average", tensors, weights=weights, normalize=bool(get("normalize", default=True)))
     if method == "slerp":
         if base is None or len(rest) != 1:
             raise UsageError("mergekit's `slerp` needs a `base_model` and one other model")
-        return make("slerp", [base, *rest], t=get("t"), compat="mergekit")
+        return make("slerp", [base, *rest], t=amount("t"), compat="mergekit")
     if method == "nuslerp":
         if not get("nuslerp_flatten", default=True) or get("nuslerp_row_wise", default=False):
             raise UsageError("`nuslerp_flatten: false` and `nuslerp_row_wise: true` are not supported")
-        weights = [get("weight", s) for s, _ in others]
+        weights = [amount("weight", s) for s, _ in others]
         t = weights[-1] / sum(weights) if len(weights) == 2 and abs(sum(weights)) >= 1e-6 else 0.5
         return make("slerp", rest, t=t) if base is None else make("nuslerp", rest, base, t=t)
     if method == "model_stock":
@@ -292,8 +306,8 @@ def _job(
             raise UsageError("`filter_wise: true` is not supported")
         return make("model_stock", rest, base, compat="mergekit")
     options: dict[str, Any] = {
-        "weights": [get("weight", s) for s, _ in others],
-        "scale": get("lambda", default=1.0),
+        "weights": [amount("weight", s) for s, _ in others],
+        "scale": amount("lambda", default=1.0),
     }
     normalize = bool(get("normalize", default=method == "ties"))
     rescale = bool(get("rescale", default=method.startswith("dare")))
@@ -301,7 +315,7 @@ def _job(
         return make(
             method, rest, base, normalize=normalize and abs(sum(options["weights"])) >= 1e-8, **options
         )
-    options |= {"density": [min(1.0, get("density", s, 1.0)) for s, _ in others], "normalize": normalize}
+    options |= {"density": [min(1.0, amount("density", s, 1.0)) for s, _ in others], "normalize": normalize}
     if method.startswith("dare"):
         more = {"rescale": "l1" if rescale else None, "elect": method == "dare_ties"}
         return make("dare", rest, base, **options, **more)
@@ -309,5 +323,5 @@ def _job(
         raise UsageError(f"`rescale: true` is not supported for `{method}`")
     if method == "ties":
         return make(method, rest, base, scope="tensor", **options)
-    gamma = [get("gamma", s, 0.01) for s, _ in others]
+    gamma = [amount("gamma", s, 0.01) for s, _ in others]
     return make("breadcrumbs", rest, base, gamma=gamma, elect=method == "breadcrumbs_ties", **options)

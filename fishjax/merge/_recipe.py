@@ -11,7 +11,7 @@ Our own form has the words of `files`:
 What has `merge_method` is mergekit's, and is run as mergekit would.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ import numpy as np
 import yaml
 
 from fishjax.errors import UsageError
-from fishjax.merge._files import estimate, files, rules, run_jobs
+from fishjax.merge._files import RESERVED, estimate, files, rules, run_jobs
 from fishjax.merge._mergekit import mergekit_plan
 from fishjax.merge._output import refuse_inputs
 from fishjax.merge._plan import Cost, File, cost
@@ -111,18 +111,36 @@ def find_dtype(name: Any) -> np.dtype:
     >>> find_dtype("bfloat16")
     dtype(bfloat16)
     """
-    if name not in DTYPES:
+    if not isinstance(name, str) or name not in DTYPES:
         raise UsageError(f"`dtype` must be one of {', '.join(DTYPES)}; got {name!r}")
     return np.dtype(DTYPES[name])
 
 
+def _list(word: str, value: Any) -> list[Any]:
+    if not isinstance(value, list):
+        raise UsageError(f"a recipe's `{word}` must be a list; got {value!r}")
+    return value
+
+
+def _keep(rule: Any) -> tuple[str, int | None]:
+    good = isinstance(rule, list) and len(rule) == 2 and isinstance(rule[0], str)
+    if not good or not (rule[1] is None or type(rule[1]) is int):
+        raise UsageError(f"a rule of `keep` must be [regex, number of a model or null]; got {rule!r}")
+    return rule[0], rule[1]
+
+
 def _own(read: Mapping[str, Any], folder: Path) -> tuple[str, list[Path], dict[str, Any]]:
     options = {k: v for k, v in read.items() if k not in _OWN}
+    for word in options:
+        if not isinstance(word, str) or word in RESERVED:
+            raise UsageError(f"`{word}` does not belong in a recipe")
     models = read.get("models")
-    if not isinstance(models, Sequence) or isinstance(models, str) or not models:
+    if not isinstance(models, list) or not models:
         raise UsageError("a recipe's `models` must be a list of paths")
     for word in ("fishers", "base_fisher"):
         value = options.get(word)
+        if not isinstance(value, str | list | None):
+            raise UsageError(f"a recipe's `{word}` must be a path or a list of paths; got {value!r}")
         if value is not None:
             options[word] = (
                 locate(value, folder) if isinstance(value, str) else [locate(v, folder) for v in value]
@@ -132,5 +150,5 @@ def _own(read: Mapping[str, Any], folder: Path) -> tuple[str, list[Path], dict[s
     if "dtype" in read:
         options["dtype"] = find_dtype(read["dtype"])
     if "keep" in read:
-        options["keep"] = [(str(pattern), model) for pattern, model in read["keep"]]
+        options["keep"] = [_keep(rule) for rule in _list("keep", read["keep"])]
     return str(read["method"]), [locate(m, folder) for m in models], options

@@ -8,6 +8,7 @@ engine adds or ranks them over a leaf or, where `scope` is "global", over all le
 """
 
 import math
+import operator
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -90,7 +91,7 @@ def check_weights(weights: Any, n: int, *, zero_sum: bool = False, negative: boo
         if weights.shape != (n,):
             raise UsageError(f"`weights` must be one for each of the {n} models; got shape {weights.shape}")
         return [weights[i] for i in range(n)]
-    given = list(weights) if np.ndim(weights) or isinstance(weights, (list, tuple)) else [weights]
+    given = _listed(weights) or [weights]
     if len(given) != n:
         raise UsageError(f"`weights` must be one for each of the {n} models; got {len(given)}")
     if any(is_traced(w) for w in given):
@@ -123,10 +124,29 @@ def number(name: str, x: Any, low: float = -math.inf, high: float = math.inf) ->
 
 def numbers(name: str, x: Any, n: int, low: float, high: float) -> list[float]:
     """Return n numbers in [low, high] from one number or n of them."""
-    given = list(x) if isinstance(x, (list, tuple)) or np.ndim(x) else [x] * n
+    given = _listed(x) or [x] * n
     if len(given) != n:
         raise UsageError(f"`{name}` must be one number, or one for each of the {n} models; got {len(given)}")
     return [number(name, v, low, high) for v in given]
+
+
+def whole_number(name: str, x: Any) -> int:
+    """Return an integer.
+
+    Raises:
+      UsageError: it is something else.
+    """
+    try:
+        return operator.index(x)
+    except TypeError:
+        raise UsageError(f"`{name}` must be an integer; got {x!r}") from None
+
+
+def _listed(x: Any) -> list[Any] | None:
+    """Return the items of a list, tuple or array; None of anything else."""
+    if isinstance(x, (list, tuple)):
+        return list(x)
+    return list(x) if hasattr(x, "shape") and x.shape else None
 
 
 def choice(name: str, x: Any, allowed: Sequence[Any]) -> Any:
