@@ -121,6 +121,15 @@ def test_bad_recipes(text, wrong, folder, capsys):
     assert not list(folder.glob("out*"))
 
 
+def test_a_recipe_and_its_output(folder, capsys):
+    Path("r.yaml").write_text("method: average\nmodels: [one, two]")
+    assert cli.main(["merge", "r.yaml", "--dry-run"]) == 0
+    assert "writes" in capsys.readouterr().out
+    assert cli.main(["merge", "r.yaml", "--out", "out"]) == 0 and Path("out/model.safetensors").exists()
+    assert cli.main(["merge", "r.yaml"]) == 2 and "RECIPE.yaml OUT" in capsys.readouterr().err
+    assert cli.main(["merge", "r.yaml", "a", "b"]) == 2
+
+
 def test_paths_resolve_from_the_recipe_too(folder, tmp_path_factory, monkeypatch):
     (folder / "r.yaml").write_text(
         "method: task_arithmetic\nbase: base\nmodels: [one, two]\nweights: [0.5, -0.5]\n"

@@ -48,12 +48,15 @@ def run(args: argparse.Namespace) -> None:
     if args.explain:
         _explain(args)
         return
-    if args.method is None and len(args.paths) == 2 and Path(args.paths[0]).suffix in (".yaml", ".yml"):
+    if args.method is None and args.paths and Path(args.paths[0]).suffix in (".yaml", ".yml"):
         _refuse_options(args)
-        recipe, out = args.paths
+        recipe, *rest = args.paths
         if args.dry_run:
             _report(merge.estimate_recipe(recipe)._asdict(), args.json)
             return
+        out, *more = [*rest, *([args.out] if args.out else [])] or [None]
+        if out is None or more:
+            raise UsageError("a recipe wants one output: RECIPE.yaml OUT")
         digest = merge.run_recipe(recipe, out, digests=not args.no_digests)
         _report({"out": out, "digest": digest}, args.json)
         return
@@ -154,7 +157,7 @@ def _keep(pair: str) -> tuple[str, int | None]:
 def _refuse_options(args: argparse.Namespace) -> None:
     from fishjax.errors import UsageError
 
-    given = [n for n in ("out", "base", "weights", "fishers", "set", "keep", "dtype") if getattr(args, n)]
+    given = [n for n in ("base", "weights", "fishers", "set", "keep", "dtype") if getattr(args, n)]
     if given:
         raise UsageError(f"with a recipe, --{given[0]} belongs in the recipe")
 

@@ -20,6 +20,7 @@ from fishjax.checkpoint._safetensors import open_file
 from fishjax.errors import StructureError, UsageError
 from fishjax.merge._blocks import Tensor
 from fishjax.merge._rule import Options, Rule, is_inexact, wants_sums
+from fishjax.merge._select import SAMPLE
 from fishjax.merge._trees import Keep, check_models, kept_leaves
 from fishjax.merge._unpack import folded_file, is_patch
 
@@ -180,7 +181,7 @@ def key_of(jobs: Sequence[Job], **more: Any) -> str:
 
 def cost(jobs: Sequence[Job], rules: Mapping[str, Rule], block: int, threads: int) -> Cost:
     """Return what jobs will read, write and hold."""
-    read = write = widest = 0
+    read = write = widest = sample = 0
     for job in jobs:
         rule = rules.get(job.rule)
         sizes = [num_bytes(*t.spec) for _, t in job.inputs()]
@@ -190,7 +191,9 @@ def cost(jobs: Sequence[Job], rules: Mapping[str, Rule], block: int, threads: in
         entries = min(block, math.prod(job.spec.shape))
         wide = tree.wide_dtype(job.spec.dtype).itemsize if rule is not None else job.spec.dtype.itemsize
         widest = max(widest, entries * wide * (3 * len(sizes) + 4))
-    return Cost(read, write, threads * widest)
+        if rule is not None and rule.ranks is not None:
+            sample = max(sample, 4 * SAMPLE * wide * len(job.models))
+    return Cost(read, write, threads * widest + sample)
 
 
 def _specs(model: Mapping[str, Tensor]) -> dict[str, Spec]:

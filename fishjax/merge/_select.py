@@ -12,6 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 BINS = 1 << 16
+SAMPLE = 1 << 19  # entries of an array that give a first guess of its order
 
 
 class _Search(NamedTuple):

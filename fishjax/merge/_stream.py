@@ -17,13 +17,12 @@ from fishjax.errors import StructureError
 from fishjax.merge._blocks import Buffers, Tensor, narrow
 from fishjax.merge._plan import Job
 from fishjax.merge._rule import Block, Rule
-from fishjax.merge._select import Ranking
+from fishjax.merge._select import SAMPLE, Ranking
 from fishjax.merge._statistics import GRAIN, grain_sums, largest, widen
 from fishjax.merge._trees import check_beside
 
 BLOCK = 1 << 18  # entries; a few of them stay in a core's cache
 THREADS = 2
-SAMPLE = 1 << 19  # entries of an array that give a first guess of its order
 
 
 class Piece(NamedTuple):
