@@ -86,7 +86,7 @@ def _explain(args: argparse.Namespace) -> None:
         layers = {layer: clash._asdict() for layer, clash in found.layers.items()}
         print(json.dumps({"layers": layers, "total": found.total._asdict(), "skipped": found.skipped}))
     else:
-        print(_explain.table(found, [Path(p).name for p in args.paths]))
+        print(_explain.table(found, [Path(p).stem for p in args.paths]))
 
 
 def _give_back_models(args: argparse.Namespace) -> None:
