@@ -2,8 +2,6 @@
 
 import argparse
 import json
-from pathlib import Path
-from typing import Any
 
 HELP = "compute the diagonal Fisher information of a model on data"
 
@@ -33,11 +31,11 @@ def run(args: argparse.Namespace) -> None:
     import jax.numpy as jnp
     import numpy as np
 
-    from fishjax import checkpoint, data, fisher, models, tree
+    from fishjax import checkpoint, contribute, data, fisher, models, tree
     from fishjax.errors import UsageError
 
     model, params = models.load(args.model)
-    rows, data_id = _data(args, model)
+    rows, data_id = contribute.read(args.data, args.model, model, split=args.split)
     size = data.examples(rows)
     if args.examples is not None:
         if not 1 <= args.examples <= size:
@@ -66,15 +64,3 @@ def run(args: argparse.Namespace) -> None:
         print(json.dumps({"out": args.out, "entries": entries, "digest": digest, "recipe": recipe}))
     else:
         print(f"{args.out}: {entries:,} entries from {size:,} examples, {digest}")
-
-
-def _data(args: argparse.Namespace, model: Any) -> tuple[Any, str]:
-    """Return the examples, and what identifies them."""
-    import hashlib
-
-    from fishjax import data
-
-    if args.data.endswith(".jsonl"):
-        content = hashlib.sha256(Path(args.data).read_bytes()).hexdigest()
-        return data.load_jsonl(args.data, args.model, model), f"sha256:{content}"
-    return data.load(args.data, args.split), f"{args.data}/{args.split}"
