@@ -207,10 +207,11 @@ def limits(monkeypatch):
     return set_to
 
 
+@pytest.mark.parametrize("shared", [False, True])
 @pytest.mark.parametrize("operation", OPERATIONS)
-def test_each_operation(x64, limits, operation):
+def test_each_operation(x64, limits, operation, shared):
     limits()
-    loss, params = program(["gelu", operation, "dense"], share=[])
+    loss, params = program(["gelu", operation, "dense"], share=[shared] * 9)
     compare(loss, params, batch(), 1e-5 if "cast" in operation else 1e-10)
 
 
