@@ -2,6 +2,7 @@
 
 import argparse
 import json
+from typing import Any
 
 HELP = "compute the diagonal Fisher information of a model on data"
 
