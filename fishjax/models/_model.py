@@ -1,6 +1,7 @@
 """What a model is here: pure functions over a parameter tree that is the checkpoint file."""
 
 import contextlib
+import functools
 import importlib
 import json
 import re
@@ -69,7 +70,9 @@ class Model(NamedTuple):
 
 
 def build(config: dict[str, Any], names: Collection[str] | None = None) -> Model:
-    """Return the model that a config.json describes.
+    """Return the model that a config.json describes; the same one for the same config.
+
+    What was compiled for one folder's functions therefore serves another folder of the same config.
 
     Args:
       config: the content of config.json; `model_type` picks the family.
@@ -87,6 +90,13 @@ def build(config: dict[str, Any], names: Collection[str] | None = None) -> Model
     if not isinstance(family, str) or family not in FAMILIES:
         known = ", ".join(f"`{f}`" for f in FAMILIES)
         raise UsageError(f"`model_type` must be one of {known}; got `{family}`")
+    return _build(json.dumps(config, sort_keys=True), None if names is None else frozenset(names))
+
+
+@functools.lru_cache(maxsize=8)
+def _build(text: str, names: frozenset[str] | None) -> Model:
+    config = json.loads(text)
+    family = config["model_type"]
     builder = importlib.import_module(FAMILIES[family]).build
     try:
         return builder(config, names)
