@@ -2,6 +2,10 @@
 
 import json
 import os
+import resource
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -35,12 +39,104 @@ def test_round_trip(tmp_path, name, options):
     assert not got["encoder"]["0"]["weight"].flags.writeable
 
 
+FULL = {k: v for k, v in TREE.items() if k != "empty"}  # tensorstore holds no zero-size arrays
+FP8 = [ml_dtypes.float8_e4m3fn, ml_dtypes.float8_e5m2]
+LAYOUTS = [("a.safetensors", {}), ("a", {}), ("a", {"shard_bytes": 20}), ("a", {"layout": "orbax"})]
+
+
 def test_round_trip_through_orbax(tmp_path):
-    tree = {k: v for k, v in TREE.items() if k != "empty"}  # tensorstore holds no zero-size arrays
-    checkpoint.save_params(tmp_path / "a", tree, layout="orbax")
-    same(checkpoint.load_params(tmp_path / "a"), tree)
+    checkpoint.save_params(tmp_path / "a", FULL, layout="orbax")
+    same(checkpoint.load_params(tmp_path / "a"), FULL)
     with pytest.raises(UsageError, match="exists already"):
-        checkpoint.save_params(tmp_path / "a", tree, layout="orbax")
+        checkpoint.save_params(tmp_path / "a", FULL, layout="orbax")
+    with pytest.raises(StructureError, match="`empty` has no entries"):
+        checkpoint.save_params(tmp_path / "b", TREE, layout="orbax")
+    assert os.listdir(tmp_path) == ["a"]
+
+
+@pytest.mark.parametrize("name, options", LAYOUTS)
+def test_every_fp8_number_keeps_its_bits(tmp_path, name, options):
+    every = {kind.__name__: np.arange(256, dtype=np.uint8).view(kind) for kind in FP8}  # NaNs too
+    checkpoint.save_params(tmp_path / name, every, **options)
+    got = checkpoint.load_params(tmp_path / name)
+    for kind, x in every.items():
+        assert got[kind].dtype == x.dtype and got[kind].tobytes() == x.tobytes()
+
+
+@pytest.mark.parametrize("name, options", LAYOUTS)
+def test_just_the_leaves_that_are_asked_for(tmp_path, name, options):
+    checkpoint.save_params(tmp_path / name, FULL, **options)
+    bias, head = FULL["encoder"]["0"]["bias"], FULL["head"]
+    same(checkpoint.load_params(tmp_path / name, only="bias$"), {"encoder": {"0": {"bias": bias}}})
+    same(
+        checkpoint.load_params(tmp_path / name, only=["^head$", "bias"]),
+        {"encoder": {"0": {"bias": bias}}, "head": head},
+    )
+    with pytest.raises(UsageError, match=r"`biass` matches no leaf; near names: .*`encoder\.0\.bias`"):
+        checkpoint.load_params(tmp_path / name, only=["head", "biass"])
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/io"), reason="counts what a process reads as Linux does")
+def test_a_part_of_an_orbax_folder_costs_a_part_of_the_reading(tmp_path):
+    big = np.random.default_rng(0).normal(size=1 << 20)  # 8 MiB that do not compress
+    checkpoint.save_params(tmp_path / "a", {"big": big, "small": np.ones(9)}, layout="orbax")
+
+    def bytes_read(only):
+        count = lambda: int(Path("/proc/self/io").read_text().split()[1])
+        before = count()
+        checkpoint.load_params(tmp_path / "a", only=only)
+        return count() - before
+
+    assert bytes_read(None) > big.nbytes * 0.9
+    assert bytes_read("small") < big.nbytes / 10
+
+
+def test_saving_to_orbax_in_the_background(tmp_path):
+    w = np.arange(1 << 16, dtype=np.float32)
+    wait = checkpoint.save_params(tmp_path / "a", {"w": w}, layout="orbax", wait=False)
+    w[:] = -1  # what is written is what was given
+    assert wait() is None and wait() is None
+    same(checkpoint.load_params(tmp_path / "a"), {"w": np.arange(1 << 16, dtype=np.float32)})
+    with pytest.raises(UsageError, match="exists already"):
+        checkpoint.save_params(tmp_path / "a", {"w": w}, layout="orbax", wait=False)
+    with pytest.raises(UsageError, match="`wait=False`"):
+        checkpoint.save_params(tmp_path / "b", {"w": w}, wait=False)
+    assert os.listdir(tmp_path) == ["a"]
+
+
+@pytest.mark.parametrize("wait", [True, False])
+def test_a_save_to_orbax_that_fails_says_so_and_leaves_nothing(tmp_path, wait):
+    big = {"w": np.random.default_rng(0).normal(size=1 << 17)}
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, limits[1]))  # as on a full disk
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            checkpoint.save_params(tmp_path / "a", big, layout="orbax", wait=wait)()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_save_to_orbax_that_is_interrupted_looks_like_nothing(tmp_path):
+    code = """
+import os, sys, time
+import numpy as np
+from fishjax import checkpoint
+checkpoint.save_params("a", {"w": np.random.default_rng(0).normal(size=1 << 23)}, layout="orbax", wait=False)
+while not any("tmp" in name for name in os.listdir(".")):
+    time.sleep(0.001)
+os._exit(9)
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, timeout=60)
+    assert done.returncode == 9
+    (left,) = os.listdir(tmp_path)
+    assert left != "a"
+    with pytest.raises((FileFormatError, FileNotFoundError)):
+        checkpoint.load_params(tmp_path / left)
+    checkpoint.save_params(tmp_path / "b", FULL, layout="orbax")
+    (tmp_path / "b").rename(tmp_path / "b.orbax-checkpoint-tmp")  # killed just before it was named
+    with pytest.raises(FileFormatError, match="interrupted"):
+        checkpoint.load_params(tmp_path / "b.orbax-checkpoint-tmp")
 
 
 def test_jax_arrays_sharded_ones_and_double_precision(tmp_path):

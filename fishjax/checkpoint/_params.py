@@ -5,7 +5,7 @@ The tree is the file: names are split at ".", layouts are the file's own. Arrays
 
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -14,15 +14,15 @@ from fishjax.checkpoint._atomic import atomic_file, write_all
 from fishjax.checkpoint._digest import flat_leaves, leaf_specs
 from fishjax.checkpoint._dtypes import Spec, host, num_bytes
 from fishjax.checkpoint._header import unique
+from fishjax.checkpoint._orbax import is_orbax, load_orbax, orbax_specs, save_orbax
 from fishjax.checkpoint._safetensors import TensorFile, open_file, write_file
 from fishjax.errors import FileFormatError, UsageError
-from fishjax.tree import flatten, nest
+from fishjax.tree import nest, select
 from fishjax.types import Params
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 SHARD_BYTES = 5_000_000_000
-_ORBAX_MARKS = ("_METADATA", "_CHECKPOINT_METADATA", "manifest.ocdbt")
 REFUSED = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".msgpack", ".h5", ".npz", ".npy", ".gguf")
 _MAX_INDEX = 64 << 20
 
@@ -106,34 +106,44 @@ def open_params(path: str | os.PathLike) -> ParamFiles:
     )
 
 
-def load_params(path: str | os.PathLike) -> Params:
+def load_params(path: str | os.PathLike, *, only: str | Sequence[str] | None = None) -> Params:
     """Load a model's parameters as a nested dict, its names split at ".".
 
     Args:
       path: a .safetensors file, a Hugging Face folder (`model.safetensors`, or shards and their
         index) or an Orbax folder. Arrays of the first two are read-only and memory-mapped, in the
         file's own dtypes and layouts.
+      only: regexes of leaf names (`re.search`); just these leaves are read.
 
     Raises:
       FileFormatError: a file is malformed or of a format that can run code.
       FileNotFoundError: there is nothing at `path`.
+      UsageError: a regex of `only` matches no leaf; near names are told.
       StructureError: a name is both a leaf and a branch.
 
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
-    ...     save_params(folder + "/a.safetensors", {"a": {"w": np.ones(2)}})
-    ...     load_params(folder + "/a.safetensors")
+    ...     save_params(folder + "/a.safetensors", {"a": {"w": np.ones(2), "b": np.zeros(3)}})
+    ...     load_params(folder + "/a.safetensors", only="w$")
     {'a': {'w': array([1., 1.])}}
     """
     if is_orbax(path):
-        return _load_orbax(Path(path))
+        return load_orbax(path, None if only is None else select(only, orbax_specs(path)))
     with open_params(path) as tensors:
+        if only is not None:
+            wanted = select(only, tensors)
+            return nest({n: tensors[n] for n in tensors if n in wanted})
         return nest({n: x for file in tensors.files.values() for n, x in file.read_all().items()})
 
 
 def save_params(
-    path: str | os.PathLike, params: Params, *, layout: str | None = None, shard_bytes: int = SHARD_BYTES
-) -> None:
+    path: str | os.PathLike,
+    params: Params,
+    *,
+    layout: str | None = None,
+    shard_bytes: int = SHARD_BYTES,
+    wait: bool = True,
+) -> Callable[[], None] | None:
     """Save parameters, each file whole or not at all.
 
     Args:
@@ -141,17 +151,20 @@ def save_params(
       params: any pytree of arrays; numpy, jax (sharded too), any layout in memory.
       layout: "file", "hf" or "orbax"; None decides between the first two by the path.
       shard_bytes: a folder's files hold about this many bytes each.
+      wait: False, for "orbax" only, copies the parameters, writes in the background and returns a
+        function that waits for the end and raises what went wrong; call it before the program ends.
 
     Raises:
       StructureError: a leaf's name or dtype cannot be written.
-      UsageError: the folder holds a model in another layout.
+      UsageError: the folder holds a model in another layout; an Orbax folder exists.
       OSError: the file system refuses, for instance because it is full.
     """
     path = Path(path)
     layout = layout or ("file" if path.suffix == ".safetensors" else "hf")
     if layout == "orbax":
-        _save_orbax(path, params)
-        return
+        return save_orbax(path, params, wait=wait)
+    if not wait:
+        raise UsageError(f'`wait=False` is for `layout="orbax"`; got {layout!r}')
     flat, specs = flat_leaves(params), leaf_specs(params)
     read = lambda name: host(name, flat[name])
     if layout == "file":
@@ -161,6 +174,7 @@ def save_params(
         write_folder(path, specs, read, shard_bytes=shard_bytes)
     else:
         raise UsageError(f'`layout` must be "file", "hf" or "orbax"; got {layout!r}')
+    return None
 
 
 def write_folder(
@@ -199,11 +213,6 @@ def write_folder(
     text = json.dumps({"metadata": {"total_size": total}, "weight_map": homes}, indent=2, sort_keys=True)
     with atomic_file(folder / INDEX) as fd:  # last: without it the folder is no model
         write_all(fd, text.encode() + b"\n")
-
-
-def is_orbax(path: str | os.PathLike) -> bool:
-    """Say whether a folder is an Orbax checkpoint."""
-    return any(Path(path, mark).exists() for mark in _ORBAX_MARKS)
 
 
 def _open_shards(folder: Path) -> ParamFiles:
@@ -260,35 +269,3 @@ def _refuse_suffix(path: Path) -> None:
             f"`{path}` is not a safetensors file; what can run code or cannot be checked is not read. "
             "Convert it to safetensors where you trust it"
         )
-
-
-def _load_orbax(path: Path) -> Params:
-    for folder, folders, files in os.walk(path):
-        for name in folders + files:
-            if Path(folder, name).is_symlink():
-                raise FileFormatError(
-                    f"`{Path(folder, name)}` is a symbolic link; an Orbax folder must hold none"
-                )
-    import orbax.checkpoint as ocp
-
-    try:
-        with ocp.PyTreeCheckpointer() as checkpointer:
-            meta = checkpointer.metadata(path.absolute()).item_metadata.tree
-            import jax
-
-            as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), meta)
-            return checkpointer.restore(path.absolute(), restore_args=as_numpy)
-    except Exception as error:  # whatever a damaged folder makes it raise
-        raise FileFormatError(
-            f"`{path}` is no readable Orbax checkpoint: {(str(error) or repr(error)).splitlines()[0]}"
-        ) from error
-
-
-def _save_orbax(path: Path, params: Params) -> None:
-    import orbax.checkpoint as ocp
-
-    if path.exists():
-        raise UsageError(f"`{path}` exists already; give a new name or remove it first")
-    flat = flatten(params)
-    with ocp.PyTreeCheckpointer() as checkpointer:
-        checkpointer.save(path.absolute(), nest({n: host(n, x) for n, x in flat.items()}))

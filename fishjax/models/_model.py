@@ -136,7 +136,7 @@ def load(folder: str | Path, *, dtype: Any = None, shardings: Any = None) -> tup
 
     from fishjax import checkpoint, tree
     from fishjax.checkpoint._links import check_links
-    from fishjax.checkpoint._params import is_orbax
+    from fishjax.checkpoint._orbax import is_orbax, load_orbax, orbax_specs
 
     folder = Path(folder)
     if folder.is_dir():
@@ -147,15 +147,16 @@ def load(folder: str | Path, *, dtype: Any = None, shardings: Any = None) -> tup
         special = ("eos_token_id", "pad_token_id", "decoder_start_token_id")
         config |= {n: generation[n] for n in special if generation.get(n) is not None}
     with contextlib.ExitStack() as stack:
-        if is_orbax(folder):
-            found: Any = tree.flatten(checkpoint.load_params(folder))
-            specs = found
+        if orbax := is_orbax(folder):
+            specs = orbax_specs(folder)
         else:
-            found = stack.enter_context(checkpoint.open_params(folder))
+            found: Any = stack.enter_context(checkpoint.open_params(folder))
             specs = found.specs
-        model = build(config, found.keys())
-        kept = [n for n in found if not (model.ignored and re.search(model.ignored, n))]
+        model = build(config, specs.keys())
+        kept = [n for n in specs if not (model.ignored and re.search(model.ignored, n))]
         check_params(model, {n: specs[n] for n in kept}, folder)
+        if orbax:
+            found = tree.flatten(load_orbax(folder, kept, dtype=dtype, shardings=shardings))
 
         def place(name: str) -> Array:
             leaf = found[name] if dtype is None else found[name].astype(jax.numpy.dtype(dtype))

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fishjax.checkpoint import load_params, open_params, read_patch
-from fishjax.checkpoint._params import is_orbax
+from fishjax.checkpoint._orbax import is_orbax
 from fishjax.errors import FileFormatError
 from fishjax.types import Fisher
 from fishjax.vet._context import Context, Finding
