@@ -379,15 +379,45 @@ def test_convert_goes_there_and_back(tmp_path, capsys):
     assert not (tmp_path / "b").exists() and not (tmp_path / "c").exists()
 
 
-def test_tensors_go_straight_to_where_they_are_wanted():
+@pytest.mark.parametrize("layout", ["hf", "orbax"])
+def test_tensors_go_straight_to_where_they_are_wanted(layout, tmp_path):
+    checkpoint.save_params(tmp_path / "m", checkpoint.load_params(FIXTURES / "bloom"), layout=layout)
+    shutil.copy(FIXTURES / "bloom" / "config.json", tmp_path / "m")
     mesh = jax.make_mesh((8,), ("model",), axis_types=(jax.sharding.AxisType.Auto,))
     split = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("model"))
     name = "transformer.h.0.mlp.dense_h_to_4h.weight"
-    _, params = models.load(FIXTURES / "bloom", shardings={name: split})
+    _, params = models.load(tmp_path / "m", shardings={name: split})
     flat, (_, plain) = tree.flatten(params), models.load(FIXTURES / "bloom")
     assert flat[name].sharding == split and len(flat[name].addressable_shards) == 8
     assert sum(len(x.sharding.device_set) == 8 for x in flat.values()) == 1
     jax.tree.map(np.testing.assert_array_equal, params, plain)
+    _, half = models.load(tmp_path / "m", shardings={name: split}, dtype=jnp.bfloat16)
+    assert tree.flatten(half)[name].sharding == split
+    assert {x.dtype for x in jax.tree.leaves(half)} == {jnp.dtype(jnp.bfloat16)}
+    jax.tree.map(lambda h, x: np.testing.assert_array_equal(h, x.astype(jnp.bfloat16)), half, plain)
+    odd = "transformer.word_embeddings.weight"  # 67 rows do not go on 8 devices
+    with pytest.raises(ValueError, match="8"):
+        models.load(tmp_path / "m", shardings={odd: split})
+
+
+@pytest.mark.parametrize("kind", [jnp.float8_e4m3fn, jnp.float8_e5m2])
+@pytest.mark.parametrize("layout", ["hf", "orbax"])
+def test_weights_in_fp8_load_exactly_and_round_trip(kind, layout, tmp_path):
+    fp8 = jax.tree.map(lambda x: x.astype(kind), checkpoint.load_params(FIXTURES / "llama"))
+    checkpoint.save_params(tmp_path / "m", fp8, layout=layout)
+    shutil.copy(FIXTURES / "llama" / "config.json", tmp_path / "m")
+    model, narrow = models.load(tmp_path / "m")
+    assert {x.dtype for x in jax.tree.leaves(narrow)} == {jnp.dtype(kind)}
+    _, wide = models.load(tmp_path / "m", dtype=jnp.float32)
+    exact = jax.tree.map(lambda x: x.astype(np.float64), fp8)
+    jax.tree.map(np.testing.assert_array_equal, jax.tree.map(np.float64, wide), exact)
+    logits = model.apply(wide, {"input_ids": jnp.array([[5, 9, 11]])})
+    assert logits.dtype == jnp.float32 and np.isfinite(logits).all()
+    wider = ["convert", str(tmp_path / "m"), str(tmp_path / "wide"), "--to", "hf", "--dtype", "float32"]
+    assert cli.main(wider) == 0
+    assert checkpoint.digest(checkpoint.load_params(tmp_path / "wide")) == checkpoint.digest(wide)
+    checkpoint.save_params(tmp_path / "again", narrow, layout=layout)
+    assert checkpoint.digest(checkpoint.load_params(tmp_path / "again")) == checkpoint.digest(fp8)
 
 
 def test_donating_loaded_parameters_leaves_the_file_alone(folder):

@@ -8,7 +8,8 @@ from typing import Any
 HELP = "convert a model (hf, orbax) or a patch (peft, patch) into another format"
 
 # Beside the weights, what a model folder needs to be loaded again.
-_CARRIED: tuple[str, ...] = ("*config.json", "*.jinja", "tokenizer*", "special_tokens_map.json", "vocab.*", "merges.txt")
+_CARRIED: tuple[str, ...]
+_CARRIED = ("*config.json", "*.jinja", "tokenizer*", "special_tokens_map.json", "vocab.*", "merges.txt")
 _CARRIED += ("spiece.model", "*.md", "LICENSE*")
 
 
@@ -73,10 +74,7 @@ def _weights(args: argparse.Namespace) -> None:
 
 
 def _is_float(x: Any) -> bool:
-    import ml_dtypes
-    import numpy as np
-
-    return x.dtype.kind == "f" or x.dtype == np.dtype(ml_dtypes.bfloat16)
+    return "float" in x.dtype.name  # bfloat16 and float8, which have no kind of their own, included
 
 
 def _floating(name: str) -> Any:
