@@ -273,4 +273,5 @@ def _check_positive(name: str, value: Any) -> None:
 
 
 def _first(x: Any) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(x.shape[1:], x.dtype)
+    """One example's shape and dtype; int64 of numpy as jax takes it."""
+    return jax.eval_shape(lambda x: x[0], x)

@@ -107,7 +107,7 @@ def _chunks(
 ) -> Iterator[tuple[np.ndarray, int]]:
     """Yield positions of equally many examples, and how many of them are no repeats."""
     assert context.apply is not None
-    one = {k: jax.ShapeDtypeStruct((1, *x.shape[1:]), x.dtype) for k, x in pack.batch.items()}
+    one = {k: x[:1] for k, x in pack.batch.items()}
     logits = math.prod(jax.eval_shape(context.apply, params, one).shape)
     size = min(pack.size, most or pack.size)
     rows = max(1, min(ROWS, size, LOGITS // logits))
