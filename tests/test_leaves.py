@@ -106,6 +106,17 @@ def test_unfolded_is_folded_and_forms_no_weight(x64, use, kind):
     close(got, gradient, 10 * tolerance)
 
 
+@pytest.mark.parametrize("use", ["embedding", "sliced", "split_heads", "scanned"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_factors_may_be_numpy_arrays_as_a_file_gives_them(x64, use, kind):
+    fn, shape, inputs = USES[use]
+    call = lambda params, x: fn(params["w"], x)
+    params = {"w": np.random.default_rng(3).normal(size=shape)}
+    patch = patch_of(kind, shape, inputs)
+    got = patches.unfolded(call)(params, jax.tree.map(np.asarray, patch), X)
+    close(got, call(patches.apply(params, patch), X), 1e-12)
+
+
 def test_a_factor_that_cannot_be_kept_folds_and_is_reported(x64):
     w, v = jnp.arange(12.0).reshape(3, 4), jnp.arange(12.0).reshape(3, 4)
     params, patch = {"w": w}, {"w": patches.Scale(v)}

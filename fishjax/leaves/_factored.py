@@ -216,7 +216,7 @@ def _plus(y: Array, delta: Array) -> Array:
 def _rows(factor: Array, ids: Array) -> Array:
     """Take rows of a factor; one that does not depend on the row is the same for all."""
     if factor.shape[0] != 1:
-        return factor.at[ids].get(mode="clip")
+        return jnp.asarray(factor).at[ids].get(mode="clip")  # a patch from a file holds numpy arrays
     return factor.reshape((1,) * ids.ndim + factor.shape[1:])
 
 
