@@ -26,6 +26,10 @@ def test_the_python_runs_and_its_patch_is_a_file(tmp_path, monkeypatch):
         for block in blocks("python"):
             exec(compile(block, "README.md", "exec"), names)
     assert names["losses"][-1] < names["losses"][0]
+    assert names["nnx_losses"][-1] < names["nnx_losses"][0] and names["model"](names["batch"]["x"]).shape == (
+        64,
+        5,
+    )
     assert cli.main(["inspect", "patch.safetensors"]) == 0
 
 
