@@ -331,6 +331,25 @@ def test_a_tokenizer_of_another_model_is_refused(tmp_path):
         models.pad([[67]], model)
 
 
+def test_generate_with_a_tokenizer_that_does_not_fit_exits_as_stated(tmp_path, capsys):
+    shutil.copytree(FIXTURES / "llama", tmp_path / "m")
+
+    def run():
+        code = cli.main(["generate", "--model", str(tmp_path / "m"), "--max-new-tokens", "2", "w4 w5"])
+        shown = capsys.readouterr()
+        assert shown.out == "" and len(shown.err.splitlines()) == 1
+        return code, shown.err
+
+    code, said = run()
+    assert code == 2 and "no tokenizer.json" in said
+    word_tokenizer(tmp_path / "m" / "tokenizer.json", [f"w{i}" for i in range(68)])
+    code, said = run()
+    assert code == 4 and "ids up to 67" in said and "has 67 rows" in said and "tokenizer.json" in said
+    (tmp_path / "m" / "tokenizer.json").write_text("{")
+    code, said = run()
+    assert code == 3 and "is no tokenizer" in said
+
+
 def test_generate_takes_patches_of_the_right_base_only(tmp_path, capsys):
     base = FIXTURES / "llama3"
     model, params = models.load(base)
