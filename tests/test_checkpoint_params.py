@@ -117,6 +117,18 @@ def test_a_save_to_orbax_that_fails_says_so_and_leaves_nothing(tmp_path, wait):
     assert os.listdir(tmp_path) == []
 
 
+def test_a_program_that_does_not_wait_for_its_save_is_told_what_became_of_it(tmp_path):
+    code = """
+import numpy as np
+from fishjax import checkpoint
+checkpoint.save_params("a", {"w": np.ones(1 << 22)}, layout="orbax", wait=False)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, timeout=60, capture_output=True, text=True
+    )
+    assert os.listdir(tmp_path) == ["a"] or ("Error" in done.stderr and os.listdir(tmp_path) == [])
+
+
 def test_a_save_to_orbax_that_is_interrupted_looks_like_nothing(tmp_path):
     code = """
 import os, sys, time

@@ -1,5 +1,6 @@
 """Parameters from and to Orbax folders: whole or in part, onto shardings, and in the background."""
 
+import atexit
 import os
 import shutil
 from collections.abc import Callable, Collection, Mapping
@@ -99,10 +100,15 @@ def save_orbax(path: str | os.PathLike, params: Params, *, wait: bool = True) ->
         _write(path, tree)
         return None
     pool = ThreadPoolExecutor(1, "fishjax-save")
-    try:
-        return pool.submit(_write, path, tree).result
-    finally:
-        pool.shutdown(wait=False)
+    future = pool.submit(_write, path, tree)
+    pool.shutdown(wait=False)
+
+    def finish() -> None:
+        atexit.unregister(finish)
+        future.result()
+
+    atexit.register(finish)  # a program that ends without waiting is told what became of the save
+    return finish
 
 
 def _write(path: Path, tree: Params) -> None:
