@@ -41,7 +41,7 @@ lint: env
 	@$(BIN)/ruff format --check . && $(BIN)/ruff check . && $(BIN)/mypy
 
 doctest: env
-	@$(BIN)/python -m pytest -q -n 2 --doctest-modules fishjax experiments
+	@$(BIN)/python -m pytest -q -n 2 --doctest-modules fishjax
 
 lock: env
 	@$(BIN)/uv pip compile -q --universal --all-extras --no-header --no-annotate --no-emit-index-url --python-version 3.11 pyproject.toml -o $(LOCK)
