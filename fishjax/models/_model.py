@@ -159,7 +159,8 @@ def load(folder: str | Path, *, dtype: Any = None, shardings: Any = None) -> tup
             found = tree.flatten(load_orbax(folder, kept, dtype=dtype, shardings=shardings))
 
         def place(name: str) -> Array:
-            leaf = found[name] if dtype is None else found[name].astype(jax.numpy.dtype(dtype))
+            leaf = found.pop(name) if orbax else found[name]
+            leaf = leaf if dtype is None else leaf.astype(jax.numpy.dtype(dtype))
             where = shardings.get(name) if isinstance(shardings, Mapping) else shardings
             return jax.device_put(leaf, where).block_until_ready()  # before the next one is mapped
 
