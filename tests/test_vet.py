@@ -583,6 +583,14 @@ def test_outputs_are_written_and_init_gives_the_defaults(folder, capsys, monkeyp
     assert main(["vet", "--init"]) == 2  # nothing is written over
 
 
+def test_without_policy_and_tests_only_the_file_is_asked_for(folder, capsys, monkeypatch):
+    monkeypatch.chdir(folder)
+    assert main(["vet", "good", "--base", "base.safetensors"]) == 0
+    assert "no held test was given" in capsys.readouterr().out
+    (folder / "strict.yaml").write_text("nfr_budget: 0.02\n")
+    assert main(["vet", "good", "--base", "base.safetensors", "--policy", "strict.yaml"]) == 7
+
+
 def test_packs_keep_what_they_hold(tmp_path):
     pack = vet.pack(
         "p",

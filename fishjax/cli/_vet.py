@@ -41,7 +41,8 @@ def run(args: argparse.Namespace) -> int:
         return _init(Path(args.init))
     if args.patch is None or args.base is None:
         raise UsageError("give PATCH and --base BASE; see `fishjax vet --help`")
-    policy = vet.load_policy(args.policy) if args.policy else vet.Policy()
+    # Who gives neither a policy nor tests asks only whether the patch is whole and fits.
+    policy = vet.load_policy(args.policy) if args.policy else vet.Policy(require_tests=bool(args.tests))
     tests = vet.load_packs(args.tests, model=args.base) if args.tests else ()
     fisher = load_fisher(args.fisher)[0] if args.fisher else None
     report = vet.files(
