@@ -226,6 +226,26 @@ def test_examples_one_at_a_time_in_groups_and_beside_padding(x64, limits, operat
     compare(loss, params, batch(), chunk_size=2)
 
 
+@pytest.mark.parametrize(
+    "operations",
+    [
+        [
+            "embed",
+            "embed_constant",
+            "gelu",
+        ],  # a lookup that is the same for every example beside one that is not
+        ["embed_clipped", "embed_dropped"],
+        ["embed_constant", "embed_tied", "embed"],
+        ["dense", "scan_constant", "dense_transposed"],
+        ["barrier", "dense_of_product"],
+    ],
+)
+def test_shared_parameters(x64, limits, operations):
+    limits()
+    loss, params = program(operations, share=[True] * 9)
+    compare(loss, params, batch())
+
+
 ROOM = st.sampled_from([(2**22, 0, 2**16), (2**22, 2**14, 1), (8, 0, 40), (8, 2**14, 2**16)])
 
 

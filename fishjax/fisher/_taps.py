@@ -142,9 +142,11 @@ class Hub:
         def op(w, *xs):
             return equation.bind({variable: w, **dict(zip(others, xs, strict=True))})
 
-        @jax.custom_vjp
-        def use(w, channel, *xs):
-            return op(w, *xs)
+        def forward(w, channel, *xs):
+            # The zeros make the outputs, and so their cotangents, those of one example each.
+            return [y + zero for y, zero in zip(op(w, *xs), channel[1], strict=True)]
+
+        use = jax.custom_vjp(forward)
 
         def backward(saved, g):
             w, xs = saved
@@ -155,7 +157,7 @@ class Hub:
                 handed = xs
             return None, (handed, tuple(g)), *pull(g)
 
-        use.defvjp(lambda w, channel, *xs: (op(w, *xs), (w, xs)), backward)
+        use.defvjp(lambda w, channel, *xs: (forward(w, channel, *xs), (w, xs)), backward)
         return use(self.w, self.channels[equation.path], *[values[v] for v in others])
 
 
