@@ -14,8 +14,8 @@ from fishjax.leaves import shape_of
 from fishjax.types import Example, LossFn, Params
 
 # Bytes of activations (as `activation_bytes` counts) at which a CPU is fastest: more leaves its caches,
-# fewer leave its matmuls small. Measured: 8 examples of a MiniLM, 4 of a BERT-base, of 128 tokens.
-BEST = {"cpu": 3 * 2**29}
+# fewer leave its matmuls small. Measured: 16 examples of a MiniLM, 4 of a BERT-base, of 128 tokens.
+BEST = {"cpu": 2**31}
 # On a CPU batched per-example gradients are the slowest way of all once they leave the caches.
 BEST_REFERENCE = {"cpu": 2**22}
 FRACTION = 0.25  # of an accelerator's memory
