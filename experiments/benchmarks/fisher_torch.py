@@ -70,7 +70,14 @@ def main() -> None:
         model = Encoder(**shape)
         x = torch.randint(0, shape["vocabulary"], (args.examples, args.tokens))
     y = torch.randint(0, CLASSES, (args.examples,))
-    ways = {"loop": loop, "vmap": vmapped, "opacus": opacus, "backpack": backpack, "rate": rate}
+    ways = {
+        "loop": loop,
+        "exact": exact,
+        "vmap": vmapped,
+        "opacus": opacus,
+        "backpack": backpack,
+        "rate": rate,
+    }
     serve(ways[method.removeprefix("torch_")](model, x, y, size))
 
 
@@ -85,6 +92,23 @@ def loop(model, x, y, size) -> Callable[[], Any]:
             nn.functional.cross_entropy(model(x[i : i + 1]), y[i : i + 1]).backward()
             for t, p in zip(total, names):
                 t += p.grad.square()
+
+    return run
+
+
+def exact(model, x, y, size) -> Callable[[], Any]:
+    """One backward an example and class, weighted by the class's probability."""
+    names = list(model.parameters())
+
+    def run():
+        total = [torch.zeros_like(p) for p in names]
+        for i in range(len(x)):
+            log_p = nn.functional.log_softmax(model(x[i : i + 1])[0], -1)
+            for c in range(CLASSES):
+                model.zero_grad()
+                log_p[c].backward(retain_graph=c + 1 < CLASSES)
+                for t, p in zip(total, names):
+                    t.add_(p.grad.square(), alpha=log_p[c].exp().item())
 
     return run
 
