@@ -1,7 +1,7 @@
 """Two contributors patch one model, a maintainer vets and merges them.
 
 Command:   make quickstart   (python -m experiments.quickstart --gin_file configs/quickstart.gin)
-Time:      about a minute on 2 cores.
+Time:      about a minute and a half on 2 cores.
 Expected:  both patches raise accuracy on their own world; the poisoned patch, the one for another base and
            the corrupted one are refused; the Fisher merge beats the average on the mean of both worlds.
 
