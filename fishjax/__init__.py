@@ -3,7 +3,7 @@
 The rooms, in the order in which they may import each other (a test holds it):
 
     types, errors, tree -> leaves -> fisher -> masks -> patches -> checkpoint -> models -> data
-      -> train -> contribute -> merge -> compose -> vet -> store -> mesh -> swarm -> cli
+      -> mesh -> train -> contribute -> merge -> compose -> vet -> store -> swarm -> cli
 
 Importing `fishjax` loads none of them, so that commands which only read files start without jax.
 """
@@ -20,6 +20,7 @@ __all__ = [
     "fisher",
     "masks",
     "merge",
+    "mesh",
     "models",
     "patches",
     "plot",

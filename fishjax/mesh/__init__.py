@@ -1,0 +1,13 @@
+"""Models on more than one device: rules that lay parameters out over a mesh, and all that follows them.
+
+    mesh = make({"fsdp": 4, "tensor": 2})
+    params = shard(params, rules(model, mesh), mesh)
+
+Functions of the other rooms run on such parameters unchanged, under `jax.jit` with `NamedSharding`
+(what used to be spelled `pjit`).
+"""
+
+from fishjax.mesh._rules import rules
+from fishjax.mesh._shard import follow, make, mesh_of, shard, shard_batch, shardings
+
+__all__ = ["follow", "make", "mesh_of", "rules", "shard", "shard_batch", "shardings"]
