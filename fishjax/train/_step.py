@@ -62,14 +62,27 @@ def make_step(
     (4.0, Array([1.], dtype=float32))
     """
 
-    def mean_loss(trainable, fixed, params, batch):
+    value_and_grad = jax.value_and_grad(mean_loss(loss_fn, apply))
+
+    def step(state, params, batch):
+        loss, grads = value_and_grad(state.trainable, state.fixed, params, batch)
+        return advance(state, grads, optimizer), loss
+
+    return step
+
+
+def mean_loss(loss_fn: LossFn, apply: Callable[[Params, Patch], Params]) -> Callable[..., Array]:
+    """Return `loss(trainable, fixed, params, batch)`, the mean over a batch under a patch in two parts."""
+
+    def loss(trainable, fixed, params, batch):
         patched = apply(params, patches.combine(trainable, fixed))
         return jax.vmap(loss_fn, (None, 0))(patched, batch).mean()
 
-    def step(state, params, batch):
-        loss, grads = jax.value_and_grad(mean_loss)(state.trainable, state.fixed, params, batch)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.trainable)
-        trainable = optax.apply_updates(state.trainable, updates)
-        return TrainState(trainable, state.fixed, opt_state, state.step + 1), loss
+    return loss
 
-    return step
+
+def advance(state: TrainState, grads: Patch, optimizer: optax.GradientTransformation) -> TrainState:
+    """Return the state after one update."""
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.trainable)
+    trainable = optax.apply_updates(state.trainable, updates)
+    return TrainState(trainable, state.fixed, opt_state, state.step + 1)
