@@ -4,7 +4,7 @@ Local steps (DiLoCo, arXiv 2311.08105) with a FISH mask (arXiv 2111.09839, secti
 """
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -115,8 +115,7 @@ def local_steps(
             opt_state = WorkersState(mine, outer.init(vector), own, weight, unsent)
             return TrainState(jax.tree.map(jnp.copy, trainable), fixed, opt_state, jnp.zeros((), jnp.int32))
 
-        where = WorkersState(each, same, same, same, each)
-        return jax.jit(make, out_shardings=TrainState(same, same, where, same))(trainable, fixed, own)
+        return jax.jit(make, out_shardings=_laid_out(each, same))(trainable, fixed, own)
 
     def work(state: TrainState, params: Params, batch: Batch):
         vector, unravel = ravel_pytree(state.trainable)
@@ -152,12 +151,11 @@ def local_steps(
         mine = jax.tree.map(lambda x: x[None], opt_state)
         return mean, mine, unsent, jax.lax.pmean(losses.mean(), axis)
 
-    here = TrainState(P(), P(), WorkersState(P(axis), P(), P(), P(), P(axis)), P())
     # Nothing is differentiated across workers, so what is the same on all of them need not be proved.
     together = jax.shard_map(
         work,
         mesh=mesh,
-        in_specs=(here, P(), P(axis)),
+        in_specs=(_laid_out(P(axis), P()), P(), P(axis)),
         out_specs=(P(), P(axis), P(axis), P()),
         axis_names={axis},
         check_vma=False,
@@ -198,6 +196,11 @@ def bytes_sent(patch: Patch, *, wire: str = "float") -> Traffic:
     count = sum(x.size for x in leaves)
     values = sum(x.nbytes for x in leaves) if wire == "float" else count + 4 * -(-count // BLOCK)
     return Traffic(values, sum(_rice.encode(np.asarray(x))[1].nbytes for x in jax.tree.leaves(fixed)))
+
+
+def _laid_out(each: Any, same: Any) -> TrainState:
+    """Return what of a state each worker has for itself, and what is the same on all."""
+    return TrainState(same, same, WorkersState(each, same, same, same, each), same)
 
 
 def _take(vector: Array, own: Array | None) -> Array:
