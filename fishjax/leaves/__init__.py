@@ -14,7 +14,12 @@ from fishjax.leaves._factored import LowRank, Scaled
 from fishjax.leaves._interpreter import (
     CALLS,
     Equation,
+    OnMaterialise,
     Path,
+    Traced,
+    array,
+    arrays_of,
+    carry_out,
     enterable,
     equations,
     evaluate,
@@ -23,6 +28,7 @@ from fishjax.leaves._interpreter import (
     is_leaf,
     scan_parts,
     shape_of,
+    trace,
 )
 from fishjax.leaves._structure import is_row_take, regroup
 
@@ -30,8 +36,13 @@ __all__ = [
     "CALLS",
     "Equation",
     "LowRank",
+    "OnMaterialise",
     "Path",
     "Scaled",
+    "Traced",
+    "array",
+    "arrays_of",
+    "carry_out",
     "enterable",
     "equations",
     "evaluate",
@@ -40,9 +51,11 @@ __all__ = [
     "is_leaf",
     "is_row_take",
     "materialised",
+    "noted",
     "regroup",
     "scan_parts",
     "shape_of",
+    "trace",
 ]
 
 
@@ -57,13 +70,15 @@ def materialised(fn: Callable[..., Any]) -> Callable[..., list[str]]:
     ['w: reduce_sum']
     """
 
-    def listed(*args, **kwargs):
-        seen: list[str] = []
+    return lambda *args, **kwargs: noted(lambda note: interpret(fn, note)(*args, **kwargs))
 
-        def note(leaf, equation):
-            seen.append(f"{leaf.name}: {equation.name}")
 
-        jax.make_jaxpr(lambda: interpret(fn, note)(*args, **kwargs))()
-        return seen
+def noted(run: Callable[[OnMaterialise], Any]) -> list[str]:
+    """Trace `run(note)` and list what it says to its `note` of leaves that it materialises."""
+    seen: list[str] = []
 
-    return listed
+    def note(leaf, equation):
+        seen.append(f"{leaf.name}: {equation.name}")
+
+    jax.make_jaxpr(lambda: run(note))()
+    return seen

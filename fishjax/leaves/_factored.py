@@ -2,7 +2,7 @@
 
 The factors have the weight's own rank, 1 on the axes that they do not depend on. What a layer does to
 a weight before its matmul (cast, transpose, reshape, slice, ...) is then one map over base and factors,
-and the weight itself is never formed.
+and the weight itself is never formed. The base may be a leaf too: a sum of patches is leaf upon leaf.
 """
 
 import dataclasses
@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from fishjax import tree
-from fishjax.leaves._interpreter import Equation, shape_of
+from fishjax.leaves._interpreter import Equation, array, carry_out, shape_of
 from fishjax.leaves._structure import STRUCTURAL, Shape, is_row_take
 from fishjax.types import Array
 
@@ -23,7 +23,7 @@ from fishjax.types import Array
 class Scaled:
     """The weight `w * scale`."""
 
-    w: Array  # [*p]
+    w: Any  # [*p], an array or a leaf
     scale: Array  # the rank of `w`, 1 on the axes that are not scaled
     name: str = dataclasses.field(default="", metadata={"static": True})
 
@@ -40,11 +40,11 @@ class Scaled:
     def materialise(self) -> Array:
         """Form the weight: one multiply in max(float32, dtype), one rounding."""
         wide = tree.wide_dtype(self.w.dtype)
-        return (self.w.astype(wide) * self.scale.astype(wide)).astype(self.w.dtype)
+        return (array(self.w).astype(wide) * self.scale.astype(wide)).astype(self.w.dtype)
 
     def stacked(self, length: int) -> "Scaled":
         """Give the factor a leading axis of its own, for a scan over the weight's."""
-        return dataclasses.replace(self, scale=_lead(self.scale, length))
+        return dataclasses.replace(self, w=_stacked(self.w, length), scale=_lead(self.scale, length))
 
     def meet(self, equation: Equation, values: dict, variable: Any) -> list[Any] | None:
         """Answer an equation; None where the weight has to be formed."""
@@ -53,32 +53,30 @@ class Scaled:
             return None
         if equation.name in STRUCTURAL:
             scale = STRUCTURAL[equation.name](self.scale, self.shape, equation.params, operands)
-            if scale is None:
+            if scale is None or (bases := carry_out(equation, values, variable, self.w)) is None:
                 return None
-            bases = equation.bind({**values, variable: self.w})
             return [dataclasses.replace(self, w=w, scale=s) for w, s in zip(bases, scale)]
-        if equation.name == "convert_element_type" and _to_float(equation):
-            return [dataclasses.replace(self, w=equation.bind({**values, variable: self.w})[0])]
         if equation.name == "dot_general":
             return self._dot(equation, operands, values, variable, at)
-        if is_row_take(equation):
-            ids = operands[1][..., 0]
-            return [_times(equation.bind({**values, variable: self.w})[0], _rows(self.scale, ids))]
-        return None
+        cast = equation.name == "convert_element_type" and _to_float(equation)
+        if not (cast or is_row_take(equation)):
+            return None
+        if (bases := carry_out(equation, values, variable, self.w)) is None:
+            return None
+        if cast:
+            return [dataclasses.replace(self, w=bases[0])]
+        return [_times(bases[0], _rows(self.scale, operands[1][..., 0]))]
 
     def _dot(self, equation, operands, values, variable, at):
         x, dims = operands[1 - at], _Dims.of(equation, at)
         full = {d for d, n in enumerate(self.scale.shape) if n != 1}
-        values = {**values, variable: self.w}
-        if full <= set(dims.to_x):  # contracted axes: scale what comes in
+        other = equation.eqn.invars[1 - at]
+        if full <= set(dims.to_x) and not hasattr(other, "val"):  # contracted axes: scale what comes in
             x = _times(x, _spread(self.scale, dims.to_x, x.ndim))
-            other = equation.eqn.invars[1 - at]
-            if not hasattr(other, "val"):
-                return equation.bind({**values, other: x})
-            return None
+            return carry_out(equation, {**values, other: x}, variable, self.w)
         if full <= set(dims.to_y):  # free axes: scale what goes out
-            (y,) = equation.bind(values)
-            return [_times(y, _spread(self.scale, dims.to_y, y.ndim))]
+            out = carry_out(equation, values, variable, self.w)
+            return out and [_times(y, _spread(self.scale, dims.to_y, y.ndim)) for y in out]
         return None
 
 
@@ -87,7 +85,7 @@ class Scaled:
 class LowRank:
     """The weight `w + scale * sum_r a * b`."""
 
-    w: Array  # [*p]
+    w: Any  # [*p], an array or a leaf
     a: Array  # the rank of `w`, 1 on the axes that it does not depend on, and a trailing r
     b: Array  # likewise
     scale: float = dataclasses.field(default=1.0, metadata={"static": True})
@@ -106,13 +104,14 @@ class LowRank:
     def materialise(self) -> Array:
         """Form the weight: one addition in max(float32, dtype), one rounding."""
         wide = tree.wide_dtype(self.w.dtype)
-        letters = [_letter(d) for d in range(self.w.ndim)]
+        letters = [_letter(d) for d in range(len(self.shape))]
         delta = _einsum([(self.a, [*letters, "r"]), (self.b, [*letters, "r"])], letters, wide)
-        return (self.w.astype(wide) + self.scale * delta).astype(self.w.dtype)
+        return (array(self.w).astype(wide) + self.scale * delta).astype(self.w.dtype)
 
     def stacked(self, length: int) -> "LowRank":
         """Give the factors a leading axis of their own, for a scan over the weight's."""
-        return dataclasses.replace(self, a=_lead(self.a, length), b=_lead(self.b, length))
+        a, b = _lead(self.a, length), _lead(self.b, length)
+        return dataclasses.replace(self, w=_stacked(self.w, length), a=a, b=b)
 
     def meet(self, equation: Equation, values: dict, variable: Any) -> list[Any] | None:
         """Answer an equation; None where the weight has to be formed."""
@@ -123,28 +122,28 @@ class LowRank:
             rule = STRUCTURAL[equation.name]
             a = rule(self.a, self.shape, equation.params, operands)
             b = rule(self.b, self.shape, equation.params, operands)
-            if a is None or b is None:
+            if a is None or b is None or (bases := carry_out(equation, values, variable, self.w)) is None:
                 return None
-            bases = equation.bind({**values, variable: self.w})
             return [dataclasses.replace(self, w=w, a=a, b=b) for w, a, b in zip(bases, a, b)]
-        if equation.name == "convert_element_type" and _to_float(equation):
-            return [dataclasses.replace(self, w=equation.bind({**values, variable: self.w})[0])]
+        cast = equation.name == "convert_element_type" and _to_float(equation)
+        if not (cast or equation.name == "dot_general" or is_row_take(equation)):
+            return None
+        if (bases := carry_out(equation, values, variable, self.w)) is None:
+            return None
+        if cast:
+            return [dataclasses.replace(self, w=bases[0])]
         if equation.name == "dot_general":
-            return self._dot(equation, operands[1 - at], values, variable, at)
-        if is_row_take(equation):
-            ids = operands[1][..., 0]
-            (y,) = equation.bind({**values, variable: self.w})
-            letters = [_letter(d) for d in range(y.ndim)]
-            rows = [(_rows(f, ids), [*letters, "r"]) for f in (self.a, self.b)]
-            return [_plus(y, self.scale * _einsum(rows, letters, tree.wide_dtype(y.dtype)))]
-        return None
+            return [self._dot(equation, operands[1 - at], at, *bases)]
+        (y,), ids = bases, operands[1][..., 0]
+        letters = [_letter(d) for d in range(y.ndim)]
+        rows = [(_rows(f, ids), [*letters, "r"]) for f in (self.a, self.b)]
+        return [_plus(y, self.scale * _einsum(rows, letters, tree.wide_dtype(y.dtype)))]
 
-    def _dot(self, equation, x, values, variable, at):
-        """Add `(x a) b` to the base's product; einsum finds the order, whatever is contracted."""
+    def _dot(self, equation, x, at, y):
+        """Add `(x a) b` to the base's product y; einsum finds the order, whatever is contracted."""
         dims = _Dims.of(equation, at)
-        (y,) = equation.bind({**values, variable: self.w})
         of_x = [f"x{d}" for d in range(x.ndim)]
-        of_w = [f"w{d}" for d in range(self.w.ndim)]
+        of_w = [f"w{d}" for d in range(len(self.shape))]
         for d, e in dims.to_x.items():
             of_w[d] = of_x[e]
         of_y = [""] * y.ndim
@@ -155,7 +154,7 @@ class LowRank:
         a, b = (f.astype(x.dtype) for f in (self.a, self.b))
         operands = [(x, of_x), (a, [*of_w, "r"]), (b, [*of_w, "r"])]
         delta = _einsum(operands, of_y, tree.wide_dtype(x.dtype), equation.params["precision"])
-        return [_plus(y, self.scale * delta)]
+        return _plus(y, self.scale * delta)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -187,6 +186,10 @@ def _only(operands: Sequence[Any], leaf: Any) -> int | None:
 
 def _to_float(equation: Equation) -> bool:
     return jnp.issubdtype(equation.params["new_dtype"], jnp.floating)
+
+
+def _stacked(w: Any, length: int) -> Any:
+    return w.stacked(length) if hasattr(w, "stacked") else w
 
 
 def _lead(factor: Array, length: int) -> Array:

@@ -3,8 +3,8 @@
 A leaf is any registered pytree class with `shape`, `dtype`, `materialise() -> array` and
 `meet(equation, values, variable) -> outputs | None`. The function is traced once with plain arrays
 in the place of its leaves; the equations of that jaxpr are then carried out one by one, and an equation
-that meets a leaf asks the leaf first. What has an inner jaxpr (jit, remat, scan, cond) is entered with
-the leaf alive. Everything else, and every answer None, falls back to `materialise()`.
+that meets a leaf asks the leaf first. What has an inner jaxpr (jit, remat, scan, cond, while) is entered
+with the leaf alive. Everything else, and every answer None, falls back to `materialise()`.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -60,6 +60,17 @@ def is_leaf(x: Any) -> bool:
     return hasattr(x, "materialise")
 
 
+def array(x: Any) -> Array:
+    """Return an array as it is, a leaf materialised."""
+    return x.materialise() if is_leaf(x) else x
+
+
+def carry_out(equation: Equation, values: dict[Var, Any], variable: Var, base: Any) -> list[Any] | None:
+    """Carry an equation out on a leaf's base in the leaf's place; None where the base has to be formed."""
+    values = {**values, variable: base}
+    return base.meet(equation, values, variable) if is_leaf(base) else equation.bind(values)
+
+
 def interpret(fn: Callable[..., Any], on_materialise: OnMaterialise | None = None) -> Callable[..., Any]:
     """Return `fn` made to accept leaves in the place of arrays, anywhere in its arguments.
 
@@ -78,21 +89,45 @@ def interpret(fn: Callable[..., Any], on_materialise: OnMaterialise | None = Non
     """
 
     def run(*args, **kwargs):
-        flat, structure = jax.tree.flatten((args, kwargs), is_leaf=is_leaf)
-        places = [i for i, x in enumerate(flat) if hasattr(x, "shape") and hasattr(x, "dtype")]
-
-        def on_arrays(arrays):
-            filled = dict(zip(places, arrays, strict=True))
-            args, kwargs = jax.tree.unflatten(structure, [filled.get(i, x) for i, x in enumerate(flat)])
-            return fn(*args, **kwargs)
-
-        values = [flat[i] for i in places]
-        stand_in = [jax.ShapeDtypeStruct(x.shape, x.dtype) if is_leaf(x) else x for x in values]
-        closed, out = jax.make_jaxpr(on_arrays, return_shape=True)(stand_in)
-        outputs = evaluate(closed.jaxpr, closed.consts, values, on_materialise=on_materialise)
-        return jax.tree.unflatten(jax.tree.structure(out), _arrays(outputs))
+        traced = trace(fn, *args, **kwargs)
+        values = arrays_of((args, kwargs))
+        outputs = evaluate(traced.jaxpr, traced.consts, values, on_materialise=on_materialise)
+        return jax.tree.unflatten(jax.tree.structure(traced.out), _arrays(outputs))
 
     return run
+
+
+class Traced(NamedTuple):
+    """A function's equations for arguments of certain shapes."""
+
+    jaxpr: Jaxpr  # its arguments are those of `arrays_of`
+    consts: Sequence[Any]
+    out: Any  # the shapes of the result, in its structure
+
+
+def trace(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Traced:
+    """Trace a function with plain arrays in the place of leaves and of shapes."""
+    flat, structure = jax.tree.flatten((args, kwargs), is_leaf=is_leaf)
+    places = [i for i, x in enumerate(flat) if _is_value(x)]
+
+    def on_arrays(arrays):
+        filled = dict(zip(places, arrays, strict=True))
+        args, kwargs = jax.tree.unflatten(structure, [filled.get(i, x) for i, x in enumerate(flat)])
+        return fn(*args, **kwargs)
+
+    values = [flat[i] for i in places]
+    stand_in = [jax.ShapeDtypeStruct(x.shape, x.dtype) if is_leaf(x) else x for x in values]
+    closed, out = jax.make_jaxpr(on_arrays, return_shape=True)(stand_in)
+    return Traced(closed.jaxpr, closed.consts, out)
+
+
+def arrays_of(arguments: Any) -> list[Any]:
+    """Return the arrays and leaves among the arguments of a function, in order."""
+    return [x for x in jax.tree.leaves(arguments, is_leaf=is_leaf) if _is_value(x)]
+
+
+def _is_value(x: Any) -> bool:
+    return hasattr(x, "shape") and hasattr(x, "dtype")
 
 
 def evaluate(
@@ -112,6 +147,8 @@ def evaluate(
             outputs = _enter(inner_jaxpr(equation), equation.operands(values), equation.path, on_materialise)
         elif equation.name in _ENTER and enterable(equation):
             outputs = _ENTER[equation.name](equation, equation.operands(values), on_materialise)
+        elif equation.name == "while":
+            outputs = _enter_while(equation, equation.operands(values), on_materialise)
         else:
             outputs = _meet(equation, values, on_materialise)
         env.update(zip(equation.eqn.outvars, outputs, strict=True))
@@ -227,12 +264,28 @@ def _enter_scan(equation, operands, on_materialise):
     return [*carry, *ys]
 
 
+def _enter_while(equation, operands, on_materialise):
+    """Enter a loop with its constants alive; what it carries is formed."""
+    test, step = equation.params["cond_jaxpr"], equation.params["body_jaxpr"]
+    of_step = len(step.jaxpr.invars) - len(equation.eqn.outvars)
+    first = len(operands) - len(step.jaxpr.invars)
+    test_consts, step_consts = operands[:first], operands[first : first + of_step]
+
+    def more(carry):
+        return _arrays(_enter(test, [*test_consts, *carry], (*equation.path, 0), on_materialise))[0]
+
+    def advance(carry):
+        return _arrays(_enter(step, [*step_consts, *carry], (*equation.path, 1), on_materialise))
+
+    return jax.lax.while_loop(more, advance, _arrays(operands[first + of_step :]))
+
+
 def _at_scan(x: Any, path: Path) -> tuple[Any, Any]:
     return x.split_at_scan(path) if hasattr(x, "split_at_scan") else (x, None)
 
 
 def _arrays(values: Sequence[Any]) -> list[Array]:
-    return [x.materialise() if is_leaf(x) else x for x in values]
+    return [array(x) for x in values]
 
 
 _ENTER = {

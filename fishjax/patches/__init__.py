@@ -10,6 +10,7 @@ from fishjax.patches._diff import diff
 from fishjax.patches._ia3 import Scale, init_ia3
 from fishjax.patches._lora import LowRank, init_lora
 from fishjax.patches._sparse import Sparse, init_sparse
+from fishjax.patches._stack import Selected, Stacked, select, stack, unstack
 from fishjax.patches._unfolded import unfolded, unfolded_report
 
 KINDS = {"dense": Dense, "sparse": Sparse, "low_rank": LowRank, "scale": Scale}
@@ -18,8 +19,10 @@ __all__ = [
     "KINDS",
     "Dense",
     "LowRank",
+    "Selected",
     "Scale",
     "Sparse",
+    "Stacked",
     "apply",
     "check",
     "combine",
@@ -31,7 +34,10 @@ __all__ = [
     "init_sparse",
     "num_parameters",
     "partition",
+    "select",
+    "stack",
     "touched",
     "unfolded",
     "unfolded_report",
+    "unstack",
 ]

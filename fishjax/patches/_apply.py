@@ -1,11 +1,11 @@
 """What a patch means: `apply`, and the split into what is trained and what is not."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import jax
 
 from fishjax import tree
-from fishjax.errors import StructureError
+from fishjax.errors import StructureError, UsageError
 from fishjax.types import Params, Patch
 
 
@@ -51,7 +51,12 @@ def check(params: Params, patch: Patch) -> None:
 
     Raises:
       StructureError: naming the leaf and both sides.
+      UsageError: this is no patch.
     """
+    if not isinstance(patch, Mapping):
+        raise UsageError(
+            f"a patch is {{leaf name: kind}}; got {type(patch).__name__}, see `patches.unfolded`"
+        )
     leaves = tree.flatten(params)
     seen: dict[str, str] = {}
     for name, kind in patch.items():

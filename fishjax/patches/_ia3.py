@@ -2,12 +2,14 @@
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from fishjax import tree
 from fishjax.errors import UsageError
+from fishjax.leaves import Scaled, array
 from fishjax.types import Array, Params
 
 Axes = int | Sequence[int]
@@ -27,7 +29,7 @@ class Scale:
         for other, shape in ((name, self.vector.shape), *self.tied):
             if other not in leaves:
                 return f"the tied leaf `{other}` is not there"
-            if len(shape) != leaves[other].ndim or any(
+            if len(shape) != len(leaves[other].shape) or any(
                 m not in (1, n) for m, n in zip(shape, leaves[other].shape)
             ):
                 return f"a vector {list(shape)} does not broadcast to {tree.describe(leaves[other])}"
@@ -42,6 +44,15 @@ class Scale:
             vector = self.vector.reshape(shape).astype(wide)
             folded[other] = (weight.astype(wide) * vector).astype(weight.dtype)
         return folded
+
+    def unfold(self, name: str, leaves: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the leaves that change: a matrix as a leaf with this factor, biases folded."""
+        small = {n: array(x) for n, x in leaves.items() if n != name or len(x.shape) < 2}
+        new = {} if name in small else {name: Scaled(leaves[name], self.vector, name=name)}
+        for other, shape in ((name, self.vector.shape), *self.tied):
+            if other in small:
+                new |= Scale(self.vector.reshape(shape)).fold(other, small)
+        return new
 
 
 def init_ia3(params: Params, *, targets: str | Mapping[str, Axes]) -> dict[str, Scale]:

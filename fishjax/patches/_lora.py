@@ -4,6 +4,7 @@ import dataclasses
 import math
 import string
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,7 @@ import numpy as np
 
 from fishjax import tree
 from fishjax.errors import UsageError
+from fishjax.leaves import LowRank as Unfolded
 from fishjax.types import Array, Params
 
 
@@ -52,6 +54,10 @@ class LowRank:
         weight, delta = leaves[name], self.delta()
         wide = tree.wide_dtype(np.result_type(weight.dtype, delta.dtype))
         return {name: (weight.astype(wide) + delta.astype(wide)).astype(weight.dtype)}
+
+    def unfold(self, name: str, leaves: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the leaf that changes as one with these factors."""
+        return {name: Unfolded(leaves[name], self.a, self.b, self.scale, name=name)}
 
 
 def init_lora(
