@@ -8,8 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fishjax import masks
+from fishjax import masks, tree
 from fishjax.errors import StructureError, UsageError
+from fishjax.masks import _largest
 
 
 def scores(seed=0, ties=False):
@@ -73,9 +74,129 @@ def test_nan_scores_and_too_small_budgets_are_refused():
     with pytest.raises(UsageError, match="less than the 6 that must be kept"):
         masks.topk(scores(), density=0.1, always="head")
     with pytest.raises(UsageError, match="scope"):
-        masks.topk(scores(), density=0.1, scope="layer")
+        masks.topk(scores(), density=0.1, scope="row")
     with pytest.raises(UsageError, match="matches no leaf"):
         masks.topk(scores(), density=0.1, include="nothing")
+
+
+@pytest.fixture
+def small_chunks(monkeypatch):
+    """Sizes at which a few thousand entries take every way through the selection."""
+    for name, value in {"_CHUNK": 64, "_SAMPLE": 32, "_ROOM": 8}.items():
+        monkeypatch.setattr(_largest, name, value)
+
+
+@pytest.mark.parametrize("density", [0.001, 0.1, 0.5, 0.97, 1.0])
+@pytest.mark.parametrize("kind", ["normal", "ties", "equal", "rising", "falling", "infinite"])
+def test_streaming_is_a_full_sort(small_chunks, density, kind):
+    rng = np.random.default_rng(3)
+    flat = {
+        "normal": rng.normal(size=3000),
+        "ties": rng.integers(0, 3, 3000),
+        "equal": np.zeros(3000),
+        "rising": np.arange(3000.0),
+        "falling": -np.arange(3000.0),
+        "infinite": rng.choice([-np.inf, 0.0, -0.0, np.inf], 3000),
+    }[kind].astype(np.float32)
+    leaves = {"a": flat[:1000].reshape(20, 50), "b": flat[1000:1001], "c": flat[1001:].reshape(-1, 1)}
+    kept = masks.indices(leaves, density=density)
+    mask = concat(masks.from_indices(leaves, kept))
+    np.testing.assert_array_equal(mask, by_sort(leaves, round(density * 3000)))
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float64", "int8", "uint32", "int64"])
+def test_any_real_dtype_is_ranked_by_value(small_chunks, dtype):
+    drawn = np.random.default_rng(0).integers(0 if dtype[0] == "u" else -100, 100, 500)
+    x = drawn.astype(jnp.dtype(dtype))
+    kept = masks.indices({"w": x}, density=0.1)["w"]
+    np.testing.assert_array_equal(kept, np.sort(np.argsort(-drawn, kind="stable")[:50]))
+
+
+def test_nan_is_refused_wherever_it_hides(small_chunks):
+    for place in (0, 700, 1999):
+        x = np.ones(2000, np.float32)
+        x[place] = np.nan
+        for density in (0.01, 1.0):
+            with pytest.raises(UsageError, match="`w` has NaN"):
+                masks.indices({"v": np.ones(3, np.float32), "w": x}, density=density)
+
+
+def test_a_layer_has_its_own_budget_and_every_leaf_its_minimum():
+    rng = np.random.default_rng(0)
+    names = ("emb.w", "block.0.a", "block.0.b", "block.1.a", "block.1.b", "head.w")
+    flat = {n: rng.normal(size=40).astype(np.float32) + 9 * (n[-1] == "a") for n in names}
+    kept = masks.indices(tree.nest(flat), density=0.2, scope="layer")
+    assert {n: len(w) for n, w in kept.items()} == {"emb.w": 8, "block.0.a": 16, "block.1.a": 16, "head.w": 8}
+    least = masks.indices(tree.nest(flat), density=0.2, minimum=3)
+    assert sum(map(len, least.values())) == 48 and min(map(len, least.values())) == 3
+    for name, x in flat.items():  # in each leaf its largest, and beyond the minimum the largest of all
+        assert set(least[name]) == set(np.argsort(-x)[: len(least[name])])
+    beyond = [x for n, w in least.items() for x in np.sort(flat[n][w])[:-3]]
+    left = np.concatenate([np.delete(flat[n], w) for n, w in least.items()])
+    assert len(beyond) == 30 and min(beyond) > max(left)
+    assert all(len(w) == 9 for w in masks.indices(flat, density=0.2, scope="leaf", minimum=9).values())
+    with pytest.raises(UsageError, match="`minimum` 9 of each of 6 leaves is more than their budget of 48"):
+        masks.indices(flat, density=0.2, minimum=9)
+
+
+def test_rank_budgets_are_those_of_lora():
+    tree_ = scores()
+    kept = masks.indices(tree_, rank=2, always="head")
+    assert {n: len(w) for n, w in kept.items()} == {"a.w": 18, "head": 6}
+    np.testing.assert_array_equal(concat(masks.topk(tree_, rank=2)["a"]["w"]), by_sort(tree_["a"]["w"], 18))
+    for wrong in ({}, {"rank": 1, "density": 0.1}, {"rank": 0}, {"rank": 1, "include": "^b$"}):
+        with pytest.raises(UsageError, match="rank"):
+            masks.indices(tree_, **wrong)
+
+
+@pytest.mark.parametrize("spec", [("x", None), (None, "y"), ("y", "x"), (("x", "y"), None), (None, None)])
+@pytest.mark.parametrize("options", [{}, {"scope": "leaf"}, {"minimum": 5}])
+def test_sharded_scores_give_the_same_masks_sharded_alike(spec, options):
+    mesh = jax.make_mesh((4, 2), ("x", "y"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    rng = np.random.default_rng(0)
+    whole = {"a": rng.integers(0, 9, (8, 16)).astype(np.float32), "b": rng.normal(size=7).astype(np.float32)}
+    sharding = jax.NamedSharding(mesh, jax.P(*spec))
+    sharded = {"a": jax.device_put(whole["a"], sharding), "b": jnp.asarray(whole["b"])}
+    mask = masks.topk(sharded, density=0.3, **options)
+    np.testing.assert_array_equal(concat(mask), concat(masks.topk(whole, density=0.3, **options)))
+    if sharding.is_fully_replicated is False:
+        assert mask["a"].sharding.is_equivalent_to(sharding, 2)
+
+
+def test_baselines_by_gradient_movement_and_bias():
+    params = {"w": jnp.array([1.0, -4.0, 2.0]), "bias": jnp.array([0.5])}
+    gradient = {"w": jnp.array([-9.0, 1.0, 0.1]), "bias": jnp.array([0.0])}
+    tuned = {"w": jnp.array([1.0, -4.5, 9.0]), "bias": jnp.array([0.4])}
+    np.testing.assert_array_equal(
+        concat(masks.saliency(params, gradient, density=0.5)), [False, True, True, False]
+    )
+    np.testing.assert_array_equal(
+        concat(masks.movement(params, tuned, density=0.25)), [False, False, False, True]
+    )
+    np.testing.assert_array_equal(concat(masks.bitfit(params)), [True, False, False, False])
+    half = {"w": jnp.array([1.0, 256.0], jnp.bfloat16)}
+    moved = {"w": jnp.array([1.0078125, 256.0], jnp.bfloat16)}
+    assert masks.movement(half, moved, density=0.5)["w"][0]
+    with pytest.raises(StructureError):
+        masks.saliency(params, {"w": gradient["w"]}, density=0.5)
+
+
+def test_a_leaf_of_more_than_2_31_entries(tmp_path):
+    with open(tmp_path / "scores", "wb") as file:  # sparse on disk; int8, so that it takes a second
+        file.truncate((1 << 31) + 100)
+    scores = np.memmap(tmp_path / "scores", np.int8, "r+", shape=(4, (1 << 29) + 25))
+    where = [5, (1 << 31) + 7, (1 << 31) + 99]
+    scores.reshape(-1)[where] = [1, 2, 1]
+    kept = masks.indices({"w": scores}, density=3 / scores.size)
+    np.testing.assert_array_equal(kept["w"], where)
+
+
+@pytest.mark.parametrize("kept", [[1, 0], [2, 2], [-1], [3], [2**32 + 1], [0.0]], ids=lambda x: str(x))
+def test_masks_of_bad_positions_are_refused(kept):
+    with pytest.raises(StructureError, match="positions in `w`"):
+        masks.from_indices({"w": jnp.zeros(3)}, {"w": np.array(kept)})
+    with pytest.raises(StructureError, match="no leaf"):
+        masks.from_indices({"w": jnp.zeros(3)}, {"v": np.array([0])})
 
 
 def test_random_masks_are_uniform_and_seeded(key):
