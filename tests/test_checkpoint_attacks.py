@@ -60,7 +60,7 @@ def raw_indices(values, dtype=np.uint64, note="I64", count=None):
         "twice": (raw_indices([5, 5]), "strictly increasing"),
         "floats": (raw_indices([5], np.float32), "stored as float32"),
         "as floats": (raw_indices([5], note="F32"), "to be F32"),
-        "count": (raw_indices([5], count=2), "not 2 of dtype"),
+        "count": (raw_indices([5], count=2), "2 do not pair with 1 values"),
         "matrix": (raw_indices([[5]]), r"stored as uint64"),
     }.values(),
     ids=lambda x: "",

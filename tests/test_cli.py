@@ -2,6 +2,7 @@
 
 import json
 import os
+import pathlib
 import subprocess
 import sys
 import time
@@ -9,7 +10,7 @@ import time
 import numpy as np
 import pytest
 
-from fishjax import checkpoint, cli
+from fishjax import checkpoint, cli, masks
 from fishjax.patches import Dense, Scale, Sparse
 
 BASE = {
@@ -70,6 +71,22 @@ def test_inspect_in_words_and_for_machines(files, capsys, path, kind):
     assert code == 0 and f"kind: {kind}" in out
     code, out, _ = run(capsys, "inspect", path, "--json")
     assert code == 0 and json.loads(out)["kind"] == kind
+
+
+def test_mask_ranks_a_file_without_jax(files, capsys):
+    root = str(pathlib.Path(cli.__file__).parents[2])
+    options = ["--rank", "1", "--scope", "layer", "--minimum", "1"]
+    script = (
+        "import sys; from fishjax import cli; "
+        f"code = cli.main(['mask', '--fisher', 'fisher', '--out', 'm', *{options}]); "
+        "sys.exit(code or 'jax' in sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True, env={**os.environ, "PYTHONPATH": root})
+    mask, metadata = checkpoint.load_mask("m")
+    assert metadata["recipe"]["rank"] == 1 and mask["a"]["w"].sum() == 50
+    fisher, _ = checkpoint.load_fisher("fisher")
+    np.testing.assert_array_equal(mask["a"]["w"], masks.topk(fisher, rank=1)["a"]["w"])
+    assert run(capsys, "mask", "--fisher", "fisher", "--out", "n")[0] == 2
 
 
 def test_mask(files, capsys):

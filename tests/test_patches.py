@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fishjax import masks, patches
+from fishjax import masks, patches, tree
 from fishjax.errors import StructureError, UsageError
 
 
@@ -25,6 +25,13 @@ def started(kind, dtype=jnp.float32):
         return patches.init_sparse(base, masks.topk(jax.tree.map(jnp.abs, base), density=0.2))
     if kind == "low_rank":
         return patches.init_lora(jax.random.key(1), base, rank=2, targets="kernel", alpha=3.0)
+    if kind == "delta":
+        scales = jnp.zeros(2, tree.wide_dtype(dtype))
+        some = patches.Delta(jnp.arange(-9, 9, dtype=jnp.int8), scales, 2 * jnp.arange(18), block=9)
+        return {
+            "attn.k.kernel": some,
+            "mlp.kernel": patches.Delta(jnp.arange(24, dtype=jnp.int8), scales, block=12),
+        }
     return patches.init_ia3(base, targets={"attn.k": (-2, -1), "mlp.kernel": 0})
 
 

@@ -9,9 +9,9 @@ from fishjax.checkpoint._diff import diff_files
 from fishjax.checkpoint._digest import digest
 from fishjax.checkpoint._fisher import load_fisher, save_fisher
 from fishjax.checkpoint._inspect import fsck, inspect
-from fishjax.checkpoint._mask import load_mask, save_mask
+from fishjax.checkpoint._mask import load_mask, save_mask, write_mask
 from fishjax.checkpoint._params import ParamFiles, load_params, open_params, save_params
-from fishjax.checkpoint._patch import PatchFile, load_patch, read_patch, save_patch
+from fishjax.checkpoint._patch import PatchFile, load_patch, load_precision, read_patch, save_patch
 from fishjax.checkpoint._peft import load_peft
 from fishjax.checkpoint._peft_save import save_peft
 
@@ -28,6 +28,7 @@ __all__ = [
     "load_params",
     "load_patch",
     "load_peft",
+    "load_precision",
     "open_params",
     "read_patch",
     "save_fisher",
@@ -35,4 +36,5 @@ __all__ = [
     "save_params",
     "save_patch",
     "save_peft",
+    "write_mask",
 ]

@@ -14,6 +14,7 @@ from fishjax.tree import nest
 from fishjax.types import Digest, Fisher
 
 _DTYPES = ("BF16", "F32", "F64")
+_CHUNK = 1 << 18  # entries checked at a time
 
 
 def save_fisher(path: str | os.PathLike, fisher: Fisher, *, metadata: Mapping[str, Any]) -> Digest:
@@ -59,8 +60,10 @@ def load_fisher(path: str | os.PathLike) -> tuple[Fisher, dict[str, Any]]:
 def _problem(array: np.ndarray) -> str | None:
     if NAMES.get(array.dtype.newbyteorder("=")) not in _DTYPES:
         return f"is {array.dtype}; wanted bfloat16, float32 or float64"
+    flat, most = array.reshape(-1), array.dtype.type(np.inf)
     with np.errstate(invalid="ignore"):  # signalling NaNs
-        sound = (np.isfinite(array) & (array >= 0)).all()
-    if not sound:
-        return "holds an entry that is negative, NaN or infinite"
+        for start in range(0, flat.size, _CHUNK):
+            part = flat[start : start + _CHUNK]
+            if not ((part >= 0) & (part < most)).all():
+                return "holds an entry that is negative, NaN or infinite"
     return None

@@ -124,6 +124,8 @@ def _inspect_sealed(path: str | os.PathLike, kind: str) -> dict[str, Any]:
         "base_digests": file.base_digests,
         "result_digests": file.result_digests,
         "metadata": file.metadata,
+        **({"precision": sorted(file.precision)} if file.precision else {}),
+        **({"lossy": file.lossy} if file.lossy else {}),
     }
 
 

@@ -23,7 +23,7 @@ class Change(NamedTuple):
     static: dict[str, Any]
 
 
-EXACT = ("dense", "sparse", "scale")  # the result has a digest
+EXACT = ("dense", "sparse", "scale", "delta")  # the result has a digest
 
 
 def touched(name: str, change: Change) -> list[str]:
@@ -42,6 +42,7 @@ def problem(name: str, change: Change, specs: Mapping[str, Spec]) -> str | None:
         "sparse": _check_sparse,
         "low_rank": _check_low_rank,
         "scale": _check_scale,
+        "delta": _check_delta,
     }
     if change.kind not in check:
         return None
@@ -63,6 +64,7 @@ def fold(name: str, change: Change, target: str, weight: np.ndarray) -> np.ndarr
         "sparse": _fold_sparse,
         "low_rank": _fold_low_rank,
         "scale": _fold_scale,
+        "delta": _fold_delta,
     }
     if change.kind in twins:
         with np.errstate(all="ignore"):  # what overflows is infinite, as it is on a device
@@ -120,6 +122,26 @@ def _check_scale(name, specs: Mapping[str, Spec], vector: np.ndarray, tied=()) -
     return None
 
 
+def _check_delta(
+    name,
+    specs: Mapping[str, Spec],
+    codes: np.ndarray,
+    scales: np.ndarray,
+    block: int,
+    indices: np.ndarray | None = None,
+) -> str | None:
+    if codes.dtype != np.int8 or codes.ndim != 1 or scales.ndim != 1 or scales.dtype.kind != "f":
+        return f"its codes are {codes.dtype} and its scales {scales.dtype}; wanted int8 [N] and floats [n]"
+    if type(block) is not int or block < 1 or scales.size != -(-codes.size // block):
+        return f"{codes.size} codes cannot share {scales.size} scales in blocks of {block}"
+    if (np.frexp(scales)[0] != 0.5).any():  # then code * scale is exact, and all machines agree
+        return "its scales are not powers of two"
+    if indices is not None:
+        return _check_sparse(name, specs, indices, codes)
+    size = math.prod(specs[name].shape)
+    return None if codes.size == size else f"it has {codes.size} codes, the leaf {size} entries"
+
+
 def _fold_dense(weight: np.ndarray, *, values: np.ndarray, **_) -> np.ndarray:
     return values.astype(weight.dtype, copy=False)
 
@@ -148,3 +170,22 @@ def _fold_scale(weight: np.ndarray, *, vector: np.ndarray, name: str, target: st
     shape = vector.shape if target == name else dict(tied)[target]
     wide = wide_dtype(weight.dtype)
     return (weight.astype(wide) * vector.reshape(shape).astype(wide)).astype(weight.dtype)
+
+
+def _fold_delta(
+    weight: np.ndarray,
+    *,
+    codes: np.ndarray,
+    scales: np.ndarray,
+    block: int,
+    indices: np.ndarray | None = None,
+    **_,
+) -> np.ndarray:
+    """One exact product, one sum in max(float32, dtype), one rounding."""
+    wide = wide_dtype(weight.dtype)
+    delta = codes.astype(wide) * np.repeat(scales.astype(wide), block)[: codes.size]
+    new = np.array(weight, order="C")
+    flat = new.reshape(-1)
+    where = slice(None) if indices is None else indices.astype(np.int64)
+    flat[where] = (flat[where].astype(wide) + delta).astype(weight.dtype)
+    return new

@@ -2,12 +2,12 @@
 
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from fishjax.checkpoint import _rice
+from fishjax.checkpoint import _indices
 from fishjax.checkpoint._digest import flat_leaves
 from fishjax.checkpoint._manifest import read_sealed, take, take_shape, write_sealed
 from fishjax.errors import FileFormatError, StructureError
@@ -36,20 +36,38 @@ def save_mask(path: str | os.PathLike, mask: Mask, *, metadata: Mapping[str, Any
     ...     load_mask(folder + "/m")
     ({'w': array([ True, False])}, {})
     """
-    notes, tensors = {}, {}
+    kept: dict[str, Any] = {}
     for name, leaf in flat_leaves(mask).items():
         array = np.asarray(leaf)
         if array.dtype != bool:
             raise StructureError(f"a mask must be of bools; `{name}` is {array.dtype}")
-        note: dict[str, Any] = {"shape": list(array.shape), "encoding": "bits"}
-        stored = np.packbits(array)
-        where = np.flatnonzero(array)
-        if 2 * where.size < array.size:  # beyond that no code of positions is smaller than bits
-            parameter, stream = _rice.encode(where)
-            if stream.nbytes < stored.nbytes:
-                note |= {"encoding": "rice", "parameter": parameter, "count": where.size}
-                stored = stream
-        notes[name], tensors[name] = note, stored
+        kept[name] = array.shape, np.flatnonzero(array)
+    return write_mask(path, kept, metadata=metadata)
+
+
+def write_mask(
+    path: str | os.PathLike,
+    kept: Mapping[str, tuple[tuple[int, ...], Sequence[int] | np.ndarray]],
+    *,
+    metadata: Mapping[str, Any] | None = None,
+) -> Digest:
+    """Write a mask file from what it keeps, without ever making the mask; see `save_mask`.
+
+    Args:
+      kept: of every leaf, its shape and strictly increasing flat positions `[N]`, as of `masks.indices`.
+      metadata: how it was made, anything JSON can hold.
+    """
+    notes, tensors = {}, {}
+    for name, (shape, positions) in kept.items():
+        size, where = math.prod(shape), np.asarray(positions, np.int64)
+        note: dict[str, Any] = {"encoding": "bits"}
+        if 2 * where.size < size:  # beyond that no code of positions is smaller than bits
+            note, stored = _indices.encode(where)
+        if note["encoding"] == "bits" or stored.nbytes >= (size + 7) // 8:
+            bits = np.zeros((size + 7) // 8 * 8, bool)
+            bits[where] = True
+            note, stored = {"encoding": "bits"}, np.packbits(bits)
+        notes[name], tensors[name] = {"shape": list(shape), **note}, stored
     return write_sealed(path, "mask", {"leaves": notes, "metadata": dict(metadata or {})}, tensors)
 
 
@@ -88,11 +106,9 @@ def _decode(path: object, name: str, note: Any, stored: np.ndarray) -> np.ndarra
         if bits[size:].any():
             raise ValueError(f"mask leaf `{name}` has bits beyond its {size} entries")
         return bits[:size].astype(bool).reshape(shape)
-    if encoding != "rice":
-        raise ValueError(f"mask leaf `{name}` has the unknown encoding {encoding[:20]!r}")
     if size > _MAX_ENTRIES:  # a few bytes must not make gigabytes of zeros
         raise ValueError(f"mask leaf `{name}` has {size} entries; at most {_MAX_ENTRIES} are allowed")
-    where = _rice.decode(stored, *(take(path, note, key, int, f"`{name}`") for key in ("parameter", "count")))
+    where = _indices.decode(path, note, stored, f"the entries that mask leaf `{name}` keeps")
     if where.size and where[-1] >= size:
         raise ValueError(f"mask leaf `{name}` keeps entry {where[-1]} of {size}")
     array = np.zeros(size, bool)

@@ -1,8 +1,9 @@
 """Patch files: what changes, for which base, and what comes out, each with its digest.
 
-Tensors are named `<leaf>::<field>` after the fields of the patch's kinds. Indices are Rice coded. The
-manifest has the base's content id, dtype, shape and digest of every leaf that is touched, the digest
-of every result that is exact, each entry's kind and static fields, and the author's metadata.
+Tensors are named `<leaf>::<field>` after the fields of the patch's kinds, and `<leaf>::precision`. Indices
+are coded by `_indices`. The manifest has the base's content id, dtype, shape and digest of every leaf that
+is touched, the digest of every result that is exact, each entry's kind and static fields, what a lossy
+patch lost, and the author's metadata.
 """
 
 import dataclasses
@@ -13,14 +14,16 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fishjax.checkpoint import _kinds, _rice
+from fishjax.checkpoint import _indices, _kinds
 from fishjax.checkpoint._digest import flat_leaves, leaf_digest, leaf_specs, root
 from fishjax.checkpoint._dtypes import DTYPES, Spec, dtype_name, host
 from fishjax.checkpoint._kinds import Change
+from fishjax.checkpoint._lossy import shorten
 from fishjax.checkpoint._manifest import read_sealed, take, take_shape, write_sealed
+from fishjax.checkpoint._precision import PRECISION, precision_at
 from fishjax.checkpoint._safetensors import release
 from fishjax.errors import FileFormatError, StructureError, UsageError
-from fishjax.types import Digest, Params, Patch
+from fishjax.types import Digest, Fisher, Params, Patch
 
 
 class PatchFile(NamedTuple):
@@ -33,25 +36,39 @@ class PatchFile(NamedTuple):
     result_digests: dict[str, Digest]  # of each patched leaf whose result is exact
     metadata: dict[str, Any]  # what the author says: recipe, author, licence, parents, requires ...
     digest: Digest  # the SHA-256 that the file carries of itself
+    precision: dict[str, np.ndarray]  # by leaf, as of `load_precision`
+    lossy: dict[str, Any] | None  # how values were shortened, and by how much they differ; None: exact
 
 
 def save_patch(
-    path: str | os.PathLike, patch: Patch, *, base: Params, metadata: Mapping[str, Any] | None = None
+    path: str | os.PathLike,
+    patch: Patch,
+    *,
+    base: Params,
+    metadata: Mapping[str, Any] | None = None,
+    precision: Fisher | None = None,
+    lossy: str | None = None,
 ) -> Digest:
     """Write a patch file; values are stored in the dtype of the leaf that they replace.
+
+    So what a bfloat16 leaf was trained to in float32 is rounded once, as `patches.apply` rounds it.
 
     Args:
       patch: `{leaf name: kind}`.
       base: the params that it is for, or what `open_params` gives.
       metadata: anything JSON can hold; by custom `recipe` (method, density, estimator, seed, data
         id), `author`, `licence`, `parents`, `requires`.
+      precision: the contributor's diagonal Fisher, to travel with the patch (`merge.information`): a
+        tree with `[*p]` for every leaf of the patch, or `[N]` at the entries of a sparse one.
+      lossy: "bf16" halves the values of wider leaves; "int8" stores changes of the base in one byte,
+        with a power of two for each 64. The file states the error, and promises the lossy result.
 
     Returns:
       The file's own SHA-256, which `load_patch` verifies.
 
     Raises:
-      StructureError: the patch does not fit the base, or holds NaN or infinity.
-      UsageError: `metadata` is not JSON.
+      StructureError: the patch does not fit the base, or holds NaN or infinity; so does the precision.
+      UsageError: `metadata` is not JSON; an unknown `lossy`.
       OSError: the file system refuses; what was at `path` is still there.
 
     >>> import tempfile
@@ -82,16 +99,21 @@ def save_patch(
                 arrays[field.name] = host(f"{name}::{field.name}", got)
         changes[name] = Change(known[type(value)], arrays, static)
     _check_fit(changes, specs)
-    digests = {n: leaf_digest(n, leaves[n]) for n in specs}
-    results = {}
     for name, change in changes.items():
         if "values" in change.arrays:
             change.arrays["values"] = change.arrays["values"].astype(specs[name].dtype, copy=False)
+    known_at = precision_at(changes, specs, precision)
+    lost = None
+    if lossy is not None:
+        changes, lost = shorten(lossy, changes, lambda name: host(name, leaves[name]))
+    digests = {n: leaf_digest(n, leaves[n]) for n in specs}
+    results = {}
+    for name, change in changes.items():
         if change.kind in _kinds.EXACT:
             for target in _kinds.touched(name, change):
                 new = _kinds.fold(name, change, target, host(target, leaves[target]))
                 results[target] = leaf_digest(target, new)
-    return write_patch(path, changes, specs, digests, results, metadata)
+    return write_patch(path, changes, specs, digests, results, metadata, precision=known_at, lossy=lost)
 
 
 def write_patch(
@@ -101,6 +123,9 @@ def write_patch(
     base_digests: Mapping[str, Digest],
     result_digests: Mapping[str, Digest],
     metadata: Mapping[str, Any] | None = None,
+    *,
+    precision: Mapping[str, np.ndarray] | None = None,
+    lossy: Mapping[str, Any] | None = None,
 ) -> Digest:
     """Write a patch file from its parts; needs no jax.
 
@@ -120,8 +145,9 @@ def write_patch(
                 raise StructureError(f"`{name}::{field}` holds NaN or infinity; a patch must be finite")
             release(array)
             if field == "indices":
-                entries[name]["indices"], array = _code(array, math.prod(specs[name].shape))
+                entries[name]["indices"], array = _indices.encode_within(array, math.prod(specs[name].shape))
             tensors[f"{name}::{field}"] = array
+    tensors |= {f"{name}::{PRECISION}": array for name, array in (precision or {}).items()}
     touched = sorted({t for n, c in changes.items() for t in _kinds.touched(n, c)})
     manifest = {
         "base": root(base_digests),
@@ -136,7 +162,7 @@ def write_patch(
         "results": dict(result_digests),
         "changes": entries,
         "metadata": dict(metadata or {}),
-    }
+    } | ({"lossy": lossy} if lossy else {})
     return write_sealed(path, "patch", manifest, tensors)
 
 
@@ -184,10 +210,13 @@ def read_patch(path: str | os.PathLike, *, check_finite: bool = True) -> PatchFi
     results = {n: _digest(path, d) for n, d in take(path, manifest, "results", dict).items()}
     changes: dict[str, Change] = {}
     used: set[str] = set()
+    known_at: dict[str, np.ndarray] = {}
     for name, entry in take(path, manifest, "changes", dict).items():
         where = f"the change of `{name}`"
         arrays = {t.removeprefix(f"{name}::"): x for t, x in tensors.items() if t.rpartition("::")[0] == name}
         used |= {f"{name}::{field}" for field in arrays}
+        if PRECISION in arrays:
+            known_at[name] = arrays.pop(PRECISION)
         for field, array in arrays.items():
             if check_finite and not _finite(array):
                 raise FileFormatError(
@@ -195,15 +224,17 @@ def read_patch(path: str | os.PathLike, *, check_finite: bool = True) -> PatchFi
                 )
             release(array)
         if "indices" in arrays:
-            arrays["indices"] = _decode(
-                path, name, take(path, entry, "indices", dict, where), arrays["indices"]
-            )
+            note = take(path, entry, "indices", dict, where)
+            values = arrays.get("values", arrays.get("codes"))
+            if values is not None:  # else `_check_fit` tells what is missing
+                arrays["indices"] = _indices.decode_paired(path, name, note, arrays["indices"], values.size)
         static = {k: _tuples(v) for k, v in take(path, entry, "static", dict, where).items()}
         changes[name] = Change(take(path, entry, "kind", str, where), arrays, static)
     if extra := sorted(set(tensors) - used):
         raise FileFormatError(f"`{path}` holds the tensor `{extra[0]}`, which its manifest does not mention")
     try:
         _check_fit(changes, specs)
+        known_at = precision_at(changes, specs, known_at)
         touched = {t for n, c in changes.items() for t in _kinds.touched(n, c)}
     except (StructureError, TypeError, ValueError) as error:
         raise FileFormatError(f"`{path}` contradicts itself: {error}") from None
@@ -212,9 +243,22 @@ def read_patch(path: str | os.PathLike, *, check_finite: bool = True) -> PatchFi
         odd = sorted((touched ^ set(specs)) | (exact ^ set(results)))
         raise FileFormatError(f"`{path}` contradicts itself on which leaves it touches: `{odd[0]}`")
     base_id = _digest(path, take(path, manifest, "base", str))
-    return PatchFile(
-        changes, specs, base_id, base_digests, results, take(path, manifest, "metadata", dict), digest
-    )
+    metadata = take(path, manifest, "metadata", dict)
+    lossy = take(path, manifest, "lossy", dict) if "lossy" in manifest else None
+    return PatchFile(changes, specs, base_id, base_digests, results, metadata, digest, known_at, lossy)
+
+
+def load_precision(path: str | os.PathLike) -> dict[str, np.ndarray]:
+    """Read the precision that travels in a patch file: what `merge.information` takes beside the patch.
+
+    Returns:
+      By leaf name, `[N]` at the entries of a sparse patch and `[*p]` of a dense one; empty if the file
+      carries none.
+
+    Raises:
+      FileFormatError: as `load_patch`.
+    """
+    return read_patch(path).precision
 
 
 def _check_fit(changes: Mapping[str, Change], specs: Mapping[str, Spec]) -> None:
@@ -231,38 +275,6 @@ def _check_fit(changes: Mapping[str, Change], specs: Mapping[str, Spec]) -> None
                     f"`{target}` is changed by both `{seen[target]}` and `{name}` of one patch"
                 )
             seen[target] = name
-
-
-def _code(indices: np.ndarray, size: int) -> tuple[dict[str, Any], np.ndarray]:
-    """Return the manifest's note and the stored array of strictly increasing indices below `size`."""
-    width = next(d for d in (np.uint8, np.uint16, np.uint32, np.uint64) if size <= np.iinfo(d).max + 1)
-    wide = indices.dtype.itemsize == 8 or size > np.iinfo(np.int32).max
-    note: dict[str, Any] = {"dtype": "I64" if wide else "I32", "count": indices.size}
-    parameter, stream = _rice.encode(indices)
-    if stream.nbytes < indices.size * np.dtype(width).itemsize:
-        return note | {"encoding": "rice", "parameter": parameter}, stream
-    return note | {"encoding": "raw"}, indices.astype(width)
-
-
-def _decode(path: object, name: str, note: dict[str, Any], stored: np.ndarray) -> np.ndarray:
-    """Return indices in their own dtype; `_check_fit` then holds them to the leaf's size."""
-    where = f"the indices of `{name}`"
-    count, dtype = take(path, note, "count", int, where), take(path, note, "dtype", str, where)
-    encoding = take(path, note, "encoding", str, where)
-    if dtype not in ("I32", "I64") or stored.ndim != 1 or stored.dtype.kind != "u":
-        raise FileFormatError(f"`{path}`: {where} are stored as {stored.dtype}, to be {dtype[:20]}")
-    if encoding == "rice" and stored.dtype == np.uint8:
-        try:
-            indices = _rice.decode(stored, take(path, note, "parameter", int, where), count)
-        except ValueError as error:
-            raise FileFormatError(f"`{path}`: {where} are malformed: {error}") from None
-    elif encoding == "raw":
-        indices = stored
-    else:
-        raise FileFormatError(f"`{path}`: {where} have the unknown encoding {encoding[:20]!r}")
-    if indices.size != count or (count and int(indices.max()) > np.iinfo(DTYPES[dtype]).max):
-        raise FileFormatError(f"`{path}`: {where} are not {count} of dtype {dtype}")
-    return indices.astype(DTYPES[dtype])
 
 
 def _finite(array: np.ndarray) -> bool:

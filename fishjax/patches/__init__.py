@@ -1,10 +1,11 @@
 """Patches: small pytrees that say how a model changes, and `apply`, which is their meaning.
 
-A patch is a dict from a leaf's name to a kind: `Dense`, `Sparse`, `LowRank` or `Scale`. What is trained
-is its inexact leaves, nothing else (`partition` splits them off).
+A patch is a dict from a leaf's name to a kind: `Dense`, `Sparse`, `LowRank`, `Scale` or `Delta`. What is
+trained is its inexact leaves, nothing else (`partition` splits them off).
 """
 
 from fishjax.patches._apply import apply, check, combine, compose, num_parameters, partition, touched
+from fishjax.patches._delta import Delta
 from fishjax.patches._dense import Dense, init_dense
 from fishjax.patches._diff import diff
 from fishjax.patches._ia3 import Scale, init_ia3
@@ -13,10 +14,11 @@ from fishjax.patches._sparse import Sparse, init_sparse
 from fishjax.patches._stack import Selected, Stacked, select, stack, unstack
 from fishjax.patches._unfolded import unfolded, unfolded_report
 
-KINDS = {"dense": Dense, "sparse": Sparse, "low_rank": LowRank, "scale": Scale}
+KINDS = {"dense": Dense, "sparse": Sparse, "low_rank": LowRank, "scale": Scale, "delta": Delta}
 
 __all__ = [
     "KINDS",
+    "Delta",
     "Dense",
     "LowRank",
     "Selected",
