@@ -9,6 +9,7 @@ import fishjax
 
 ORDER = [
     ["types", "errors", "progress"],
+    ["strict_yaml"],
     ["tree"],
     ["leaves"],
     ["fisher"],

@@ -1,17 +1,22 @@
 """Read examples for a language model from a file of JSON lines."""
 
 import json
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from fishjax.data._choices import encode_choices
+from fishjax.data._templates import Question, Template, render_all
 from fishjax.errors import FileFormatError
 from fishjax.models import Model, load_tokenizer, pad
 from fishjax.types import Batch
 
 
-def load_jsonl(path: str | Path, folder: str | Path, model: Model) -> Batch:
+def load_jsonl(
+    path: str | Path, folder: str | Path, model: Model, *, templates: Sequence[Template] | None = None
+) -> Batch:
     """Return the examples of a file as arrays with a leading axis of examples, padded to one length.
 
     A line is one of, all lines alike:
@@ -20,16 +25,23 @@ def load_jsonl(path: str | Path, folder: str | Path, model: Model) -> Batch:
         {"text": "translate: ja", "target": "yes"}       sequence to sequence
         {"text": "once upon a time"}                     a causal language model predicts the text itself
         {"input_ids": [3, 1, 4], "labels": [1, 5, 9]}    tokens as they are; "labels" may be an int or absent
+        {"text": "red or blue?", "choices": ["red", "blue"], "answer": 0}    as of `encode_choices`
 
     Args:
       folder: the model's folder, whose tokenizer.json encodes text.
+      templates: a line holds the fields of a task instead, and is an example under each of them.
 
     Raises:
       FileFormatError: a line is malformed, or of another form than the first.
       UsageError: there is text and no tokenizer.
     """
-    rows = _rows(Path(path))
+    rows = _rows(Path(path), _problem if templates is None else _no_row)
     fields = set(rows[0])
+    if templates is not None:
+        return encode_choices(render_all(templates, rows), load_tokenizer(folder, model), model)
+    if "choices" in fields:
+        questions = [Question(row["text"], tuple(row["choices"]), row["answer"]) for row in rows]
+        return encode_choices(questions, load_tokenizer(folder, model), model)
     if "input_ids" in fields:
         batch = pad([row["input_ids"] for row in rows], model)
         labels = [row["labels"] for row in rows] if "labels" in fields else None
@@ -50,7 +62,7 @@ def load_jsonl(path: str | Path, folder: str | Path, model: Model) -> Batch:
     }
 
 
-def _rows(path: Path) -> list[dict[str, Any]]:
+def _rows(path: Path, problem_of: Callable[[Any, Any], str | None]) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
         if not line.strip():
@@ -59,7 +71,7 @@ def _rows(path: Path) -> list[dict[str, Any]]:
             row = json.loads(line)
         except (ValueError, RecursionError) as error:
             raise FileFormatError(f"`{path}`, line {number}, is not JSON: {error}") from None
-        if problem := _problem(row, rows[0] if rows else row):
+        if problem := problem_of(row, rows[0] if rows else row):
             raise FileFormatError(f"`{path}`, line {number}: {problem}")
         rows.append(row)
     if not rows:
@@ -67,17 +79,36 @@ def _rows(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-FORMS = ({"text", "text_pair", "label"}, {"text", "target"}, {"input_ids", "labels"})
+FORMS = (
+    {"text", "text_pair", "label"},
+    {"text", "target"},
+    {"input_ids", "labels"},
+    {"text", "choices", "answer"},
+)
+
+
+def _no_row(row: Any, first: Any) -> str | None:
+    del first
+    return (
+        None if isinstance(row, dict) and row else f"wanted an object with the task's fields; got {row!r:.40}"
+    )
 
 
 def _problem(row: Any, first: Any) -> str | None:
     """Say what is wrong with a line, or None."""
     names = set(row) if isinstance(row, dict) else set()
     if not names & {"text", "input_ids"} or not any(names <= form for form in FORMS):
-        return "wanted `text`, with `text_pair` and `label` or with `target`; or `input_ids`, with `labels`"
+        return (
+            "wanted `text`, with `text_pair` and `label`, with `target`, or with `choices` and `answer`; "
+            "or `input_ids`, with `labels`"
+        )
+    if ("choices" in names) != ("answer" in names):
+        return "`choices` and `answer` go together"
     for name, value in row.items():
         tokens = isinstance(value, list) and len(value) > 0 and all(type(x) is int for x in value)
+        texts = isinstance(value, list) and len(value) > 0 and all(isinstance(x, str) for x in value)
         ok = {"input_ids": tokens, "labels": tokens or type(value) is int, "label": type(value) is int}
+        ok |= {"choices": texts, "answer": type(value) is int}
         if not ok.get(name, isinstance(value, str)):
             return f"`{name}` is {value!r:.40}"
     if {k: type(v) for k, v in row.items()} != {k: type(v) for k, v in first.items()}:

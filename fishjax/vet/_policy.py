@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from fishjax import strict_yaml
 from fishjax.errors import UsageError
 
 
@@ -82,19 +83,7 @@ def load_policy(path: str | Path) -> Policy:
     Raises:
       UsageError: no such file, no YAML, an unknown key (near names are listed) or a value out of range.
     """
-    import yaml
-
-    path = Path(path)
-    try:
-        text = path.read_text(encoding="utf-8")
-        twice = _repeated(yaml.compose(text, Loader=yaml.SafeLoader), set())
-        values = yaml.safe_load(text)
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"the policy `{path}` cannot be read: {_line(error)}") from None
-    except (yaml.YAMLError, RecursionError) as error:
-        raise UsageError(f"the policy `{path}` is not YAML: {_line(error)}") from None
-    if twice is not None:
-        raise UsageError(f"the policy `{path}` has the key `{twice}` twice; YAML would keep the last")
+    values = strict_yaml.load(path, f"the policy `{path}`")
     if not isinstance(values, Mapping):
         raise UsageError(f"the policy `{path}` must be a mapping of keys; got {type(values).__name__}")
     return policy(values, where=f"the policy `{path}`")
@@ -168,20 +157,3 @@ def _known(values: Mapping[Any, Any], keys: tuple[str, ...], where: str) -> None
         if key not in keys:
             near = difflib.get_close_matches(str(key), keys, n=3) or keys
             raise UsageError(f"{where} has no key `{key}`; near names: {', '.join(f'`{k}`' for k in near)}")
-
-
-def _repeated(node: Any, seen: set[int]) -> str | None:
-    """Return a key that a YAML mapping has twice, at any depth, or None."""
-    if id(node) in seen or not isinstance(getattr(node, "value", None), list):
-        return None
-    seen.add(id(node))
-    pairs = [item if isinstance(item, tuple) else (None, item) for item in node.value]
-    keys = [key.value for key, _ in pairs if key is not None and isinstance(key.value, str)]
-    return next(
-        (k for k in keys if keys.count(k) > 1),
-        next((found for _, value in pairs if (found := _repeated(value, seen))), None),
-    )
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split())
