@@ -109,7 +109,7 @@ def render_all(
     if seed is None:
         return [render(template, row) for row in rows for template in templates]
     rng = np.random.default_rng(seed)
-    return [render(templates[rng.integers(len(templates))], row) for row in rows]
+    return [render(templates[int(rng.integers(len(templates)))], row) for row in rows]
 
 
 def _template(entry: Any, where: str) -> Template:
