@@ -77,8 +77,9 @@ def ia3(
     targets: str | Mapping[str, Any] = "paper",
 ) -> Made:
     """Rescale keys, values and the inner activations: (IA)^3."""
-    del key, model, batches
-    return Made(patches.init_ia3(base, targets=targets), {"method": "ia3"})
+    del key, batches
+    heads = model.config.get("n_head", model.config.get("num_attention_heads"))
+    return Made(patches.init_ia3(base, targets=targets, heads=heads), {"method": "ia3"})
 
 
 def lora(

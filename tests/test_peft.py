@@ -31,12 +31,14 @@ def load(case):
 def test_logits_are_those_of_peft(adapter):
     model, params, batch = load(adapter.partition("/")[0])
     patch = checkpoint.load_peft(FIXTURES / adapter, model, params)
-    got = np.asarray(jax.jit(model.apply)(patches.apply(params, patch), batch))
+    folded = jax.jit(model.apply)(patches.apply(params, patch), batch)
+    unfolded = jax.jit(patches.unfolded(model.apply))(params, patch, batch)
     wanted = load_file(FIXTURES / adapter / "expected.safetensors")["logits"]
-    if got.ndim == 3:
-        mask = batch["labels"] >= 0 if "labels" in batch else batch["attention_mask"] > 0
-        got, wanted = got[mask], wanted[mask]
-    np.testing.assert_allclose(got, wanted, atol=1e-4, rtol=0)
+    for got in map(np.asarray, (folded, unfolded)):
+        mask = np.ones(got.shape[:1], bool)
+        if got.ndim == 3:
+            mask = batch["labels"] >= 0 if "labels" in batch else batch["attention_mask"] > 0
+        np.testing.assert_allclose(got[mask], wanted[mask], atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("adapter", ADAPTERS)
@@ -129,14 +131,71 @@ def test_the_paper_preset_trains_the_published_number_of_parameters(name):
     assert patches.num_parameters(jax.eval_shape(make, jax.random.key(0))) == count
 
 
-def test_fused_weights_have_no_paper_preset():
-    for case in ("bloom", "gpt2"):
-        with pytest.raises(UsageError, match="fuses queries"):
-            patches.init_ia3(load(case)[1], targets="paper")
+def test_the_patch_file_of_t5_base_is_small(tmp_path):
+    model = models.build({**T5, **SIZES["t5-base"][1]})
+    shapes = jax.eval_shape(model.init, jax.random.key(0))
+    empty = jax.eval_shape(lambda params: patches.init_ia3(params, targets="paper"), shapes)
+    base = {n: np.zeros(x.shape, x.dtype) for n, x in tree.flatten(shapes).items() if n in empty}
+    patch = jax.tree.map(lambda x: np.ones(x.shape, x.dtype), empty)
+    checkpoint.save_patch(tmp_path / "p", patch, base=base)
+    assert 129_024 * 4 < (tmp_path / "p").stat().st_size <= 600_000
+
+
+def test_presets_that_are_not_known_are_refused():
     with pytest.raises(UsageError, match="no family"):
         _presets.ia3(["a.kernel"], "paper")
     with pytest.raises(UsageError, match="preset must be"):
         patches.init_ia3(load("llama")[1], targets="best")
+
+
+@pytest.mark.parametrize("case", ["bloom", "gpt2"])
+def test_fused_weights_train_their_keys_and_values_only(case, tmp_path):
+    """Against a model whose k, v (in the layout of each head) are scaled by hand."""
+    model, params, batch = load(case)
+    flat, heads = tree.flatten(params), model.config["n_head"]
+    width = model.config.get("n_embd", model.config.get("hidden_size"))
+    patch = patches.init_ia3(params, targets="paper", heads=heads)
+    layers = len(model.blocks)
+    assert patches.num_parameters(patch) == layers * (2 * width + 4 * width)
+    rng = np.random.default_rng(0)
+    patch = jax.tree.map(lambda x: jnp.asarray(rng.uniform(0.5, 1.5, x.shape), x.dtype), patch)
+    folded = tree.flatten(patches.apply(params, patch))
+    for name, kind in patch.items():
+        if kind.fused is None:
+            continue
+        vector = np.asarray(kind.vector).reshape(-1)
+        whole = np.ones((heads, 3, width // heads) if case == "bloom" else (3, width), np.float32)
+        whole[..., 1:, :] = vector.reshape(heads, 2, -1) if case == "bloom" else vector.reshape(2, -1)
+        wanted = np.asarray(flat[name]) * whole.reshape((-1, 1) if case == "bloom" else (1, -1))
+        np.testing.assert_array_equal(folded[name], wanted)
+        bias = name.replace("weight", "bias")
+        np.testing.assert_array_equal(folded[bias], np.asarray(flat[bias]) * whole.reshape(-1))
+    want = jax.jit(model.apply)(tree.nest(folded), batch)
+    np.testing.assert_allclose(
+        jax.jit(patches.unfolded(model.apply))(params, patch, batch), want, atol=1e-5 * np.abs(want).max()
+    )
+    checkpoint.save_patch(tmp_path / "p", patch, base=params)  # the file's meaning in numpy, exact
+    checkpoint.save_params(tmp_path / "base.safetensors", params)
+    checkpoint.apply_file(tmp_path / "p", tmp_path / "base.safetensors", tmp_path / "new.safetensors")
+    again = tree.flatten(checkpoint.load_params(tmp_path / "new.safetensors"))
+    for name in flat:
+        np.testing.assert_array_equal(again[name], folded[name])
+    checkpoint.save_peft(tmp_path / "peft", patch, model)  # peft scales all three; ones for the queries
+    theirs = checkpoint.load_peft(tmp_path / "peft", model, params)
+    for name, x in tree.flatten(patches.apply(params, theirs)).items():
+        np.testing.assert_array_equal(x, folded[name])
+
+
+def test_fused_weights_are_told_what_is_missing():
+    params = load("bloom")[1]
+    with pytest.raises(UsageError, match="give `heads`"):
+        patches.init_ia3(params, targets="paper")
+    with pytest.raises(UsageError, match="7 heads"):
+        patches.init_ia3(params, targets="paper", heads=7)
+    name, kind = next(iter(patches.init_ia3(params, targets="paper", heads=2).items()))
+    for fused in ((0, 3, 1, 5), (2, 3, 1, 4), (0, 3, 3, 4), (0, 3, 1)):
+        with pytest.raises(StructureError, match=r"fused|groups"):
+            patches.apply(params, {name: patches.Scale(kind.vector, kind.tied, fused)})
 
 
 def test_names_of_t_few_load_and_mean_the_scaled_inner_activation(tmp_path):

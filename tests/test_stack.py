@@ -1,5 +1,6 @@
 """Sums of patches, and one patch for each example: against each alone, and without a copy of the weights."""
 
+import json
 import re
 
 import jax
@@ -10,8 +11,9 @@ import pytest
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from fishjax import patches, tree
+from fishjax import checkpoint, cli, models, patches, tree
 from fishjax.errors import StructureError, UsageError
+from tests.test_peft import FIXTURES
 
 D, F, V, L, T, B = 8, 12, 11, 3, 5, 6
 
@@ -221,3 +223,39 @@ def test_a_while_loop_keeps_the_factors(x64):
     x = jnp.ones((2, D))
     close(patches.unfolded(loop)(params, patch, x), loop(patches.apply(params, patch), x), 1e-13)
     assert patches.unfolded_report(loop)(params, patch, x) == []
+
+
+@pytest.mark.parametrize("case, temperature", [("t5_v1_1", 0.0), ("bloom", 0.7)])
+def test_generate_runs_each_prompt_under_its_patch(case, temperature, key):
+    model, params = models.load(FIXTURES / case)
+    made = [checkpoint.load_peft(FIXTURES / case / "adapters" / n, model, params) for n in ("ia3", "lora")]
+    batch = models.pad([[5, 9, 11, 3], [4, 8], [7, 3, 6]] * 2, model)
+    tasks = [1, -1, 0, 0, 1, -1]
+    options = {"max_new_tokens": 5, "temperature": temperature, "key": key}
+    got = model.generate(params, batch, patch=patches.select(patches.stack(made), tasks), **options)
+    alone = [model.generate(patches.apply(params, p), batch, **options) for p in (*made, {})]
+    assert not np.array_equal(alone[0], alone[1]) and not np.array_equal(alone[0], alone[2])
+    np.testing.assert_array_equal(got, [alone[t][i] for i, t in enumerate(tasks)])
+
+
+def test_generate_takes_one_patch_for_each_prompt_from_the_command_line(tmp_path, capsys):
+    base = FIXTURES / "bloom"
+    model, params = models.load(base)
+    ia3 = checkpoint.load_peft(base / "adapters/ia3", model, params)
+    checkpoint.save_patch(tmp_path / "p", ia3, base=params)
+
+    def run(*more):
+        code = cli.main(
+            ["generate", "--model", str(base), "--ids", "--json", "--max-new-tokens", "4", *map(str, more)]
+        )
+        shown = capsys.readouterr()
+        return code, [json.loads(line)["ids"] for line in shown.out.splitlines()], shown.err
+
+    each = [x for p in (tmp_path / "p", "none", base / "adapters/lora") for x in ("--patch", p)]
+    prompts = ["5 9 11", "4 8 3", "7 3 6"]
+    code, got, _ = run(*each, *prompts)
+    assert code == 0
+    one = run("--patch", tmp_path / "p", *prompts)[1]  # one patch: for all prompts
+    assert one[0] == got[0] and one[1:] != got[1:]
+    code, _, error = run(*each, *prompts[:2])
+    assert code == 2 and "3 patches do not go with 2 prompts" in error

@@ -5,7 +5,7 @@ machine, so its result has no digest. A kind without a twin here goes through it
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -109,7 +109,18 @@ def _check_low_rank(
     return None if type(scale) in (int, float) and math.isfinite(scale) else f"its scale is {scale}"
 
 
-def _check_scale(name, specs: Mapping[str, Spec], vector: np.ndarray, tied=()) -> str | None:
+def _check_scale(name, specs: Mapping[str, Spec], vector: np.ndarray, tied=(), fused=None) -> str | None:
+    if fused is not None:
+        if len(fused) != 4 or not all(type(n) is int for n in fused):
+            return f"`fused` must be four integers; got {fused}"
+        axis, parts, first, size = fused
+        if not (0 <= axis < vector.ndim and 0 < first < parts and size > 0):
+            return f"`fused` {tuple(fused)} describes no axis of a vector {list(vector.shape)}"
+        if vector.shape[axis] % ((parts - first) * size):
+            return f"{vector.shape[axis]} entries are not whole groups of {parts - first} parts of {size}"
+        if parts * size > max(specs[name].shape, default=0):  # before anything of that size is made
+            return f"`fused` {tuple(fused)} is longer than the leaf {list(specs[name].shape)}"
+        vector = _spread(vector, fused)
     for other, shape in ((name, vector.shape), *tied):
         if other not in specs:
             return f"the tied leaf `{other}` is not there"
@@ -165,11 +176,23 @@ def _fold_low_rank(
     return delta.astype(weight.dtype)
 
 
-def _fold_scale(weight: np.ndarray, *, vector: np.ndarray, name: str, target: str, tied=()) -> np.ndarray:
+def _fold_scale(
+    weight: np.ndarray, *, vector: np.ndarray, name: str, target: str, tied=(), fused=None
+) -> np.ndarray:
     """One multiply in float32 (float64 for a float64 leaf) and one rounding."""
+    vector = vector if fused is None else _spread(vector, fused)
     shape = vector.shape if target == name else dict(tied)[target]
     wide = wide_dtype(weight.dtype)
     return (weight.astype(wide) * vector.reshape(shape).astype(wide)).astype(weight.dtype)
+
+
+def _spread(vector: np.ndarray, fused: Sequence[int]) -> np.ndarray:
+    """Lay a vector about the parts from `first` on over the whole axis, with ones before."""
+    axis, parts, first, size = fused
+    before, after = vector.shape[:axis], vector.shape[axis + 1 :]
+    mine = vector.reshape(*before, -1, parts - first, size, *after)
+    ones = np.ones((*before, mine.shape[axis], first, size, *after), vector.dtype)
+    return np.concatenate([ones, mine], axis + 1).reshape(*before, -1, *after)
 
 
 def _fold_delta(

@@ -139,12 +139,12 @@ def _save_ia3(patch: Patch, model: Any, shapes: Mapping, tensors: dict, params: 
     inputs: list[str] = []
     for name, entry in patch.items():
         module, conv = _module(name, model), is_conv(model, name)
-        vector = host(name, entry.vector)
+        vector = host(name, entry.factor)  # ones for queries that are not scaled
         vector = vector.T if conv else vector
         bias, tied = f"{name.removesuffix('.weight')}.bias", {n for n, _ in entry.tied}
         is_output = vector.shape == (shapes[name].shape[1 if conv else 0], 1)
         if not is_output and vector.shape[0] != 1:
-            raise UsageError(f"(IA)^3 scales one side of a weight; `{name}` has {list(entry.vector.shape)}")
+            raise UsageError(f"(IA)^3 scales one side of a weight; `{name}` has {list(vector.shape)}")
         if tied != ({bias} & set(shapes) if is_output else set()):
             raise UsageError(
                 f"peft scales a bias with its output and only then; the patch of `{name}` does not"

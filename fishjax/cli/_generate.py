@@ -14,7 +14,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--patch",
         action="append",
         default=[],
-        help="a patch file or a peft adapter folder; again for more, applied in order",
+        help="a patch file or a peft adapter folder, for all prompts; or again and again, one for each "
+        "prompt, `none` for none: they run in one batch",
     )
     parser.add_argument("--max-new-tokens", type=int, default=32, metavar="N")
     parser.add_argument(
@@ -36,7 +37,7 @@ def run(args: argparse.Namespace) -> None:
     if model.generate is None:
         raise UsageError(f"`{args.model}` is a `{model.family}` without a decoder; it cannot generate")
     tokenizer = None if args.ids else models.load_tokenizer(args.model, model)
-    params = _patched(args, model, params)
+    params, patch = _patched(args, model, params)
     if tokenizer is None:
         try:
             batch = models.pad([[int(i) for i in p.replace(",", " ").split()] for p in args.prompt], model)
@@ -50,6 +51,7 @@ def run(args: argparse.Namespace) -> None:
         max_new_tokens=args.max_new_tokens,
         temperature=args.temperature,
         key=jax.random.key(args.seed),
+        patch=patch,
     )
     for prompt, row in zip(args.prompt, out.tolist()):
         ids = models.until_end(row, model)
@@ -61,42 +63,57 @@ def run(args: argparse.Namespace) -> None:
         )
 
 
-def _patched(args: argparse.Namespace, model: Any, params: Any) -> Any:
-    """Apply the patches to the base that each was made for, then cast."""
-    from pathlib import Path
-
+def _patched(args: argparse.Namespace, model: Any, params: Any) -> tuple[Any, Any]:
+    """Return parameters, with the one patch for all prompts in them, and the choice of one for each."""
     import jax
     import jax.numpy as jnp
 
-    from fishjax import checkpoint, patches, tree
+    from fishjax import patches
     from fishjax.errors import UsageError
 
-    base = params
-    for path in args.patch:
-        if Path(path).is_dir():
-            patch = checkpoint.load_peft(path, model, params)
-        else:
-            patch, _ = checkpoint.load_patch(path)
-            check_base(path, tree.flatten(base), tree.flatten(params))
-        params = patches.apply(params, patch)
+    if len(args.patch) > 1 and len(args.patch) != len(args.prompt):
+        raise UsageError(
+            f"{len(args.patch)} patches do not go with {len(args.prompt)} prompts; give one --patch for all "
+            "prompts, or one for each of them (`--patch none` for none)"
+        )
+    paths = list(dict.fromkeys(p for p in args.patch if p != "none"))
+    made = [_load(path, model, params) for path in paths]
+    selected = None
+    if len(args.patch) == 1:
+        params = patches.compose(params, made)
+    elif made:
+        ids = [-1 if p == "none" else paths.index(p) for p in args.patch]
+        selected = patches.select(patches.stack(made), ids)
     if args.dtype is None:
-        return params
+        return params, selected
     try:
         dtype = jnp.dtype(args.dtype)
         assert jnp.issubdtype(dtype, jnp.floating)
     except (TypeError, AssertionError):
         raise UsageError(f"--dtype must be a floating dtype such as bfloat16; got `{args.dtype}`") from None
-    return jax.tree.map(lambda x: x.astype(dtype), params)
+    return jax.tree.map(lambda x: x.astype(dtype), params), selected
 
 
-def check_base(path: str, *bases: dict[str, Any]) -> None:
-    """Raise unless each tensor that a patch touches is, in one of the bases, the one that it was made for."""
+def _load(path: str, model: Any, params: Any) -> Any:
+    """Read a patch for the base that it was made for."""
+    from pathlib import Path
+
+    from fishjax import checkpoint, tree
+
+    if Path(path).is_dir():
+        return checkpoint.load_peft(path, model, params)
+    check_base(path, tree.flatten(params))
+    return checkpoint.load_patch(path)[0]
+
+
+def check_base(path: str, base: dict[str, Any]) -> None:
+    """Raise unless each tensor that a patch touches is the one that it was made for."""
     from fishjax import checkpoint
     from fishjax.checkpoint._digest import leaf_digest
     from fishjax.errors import WrongBaseError
 
     for name, wanted in checkpoint.read_patch(path).base_digests.items():
-        if name not in bases[0] or all(leaf_digest(name, base[name]) != wanted for base in bases):
+        if name not in base or leaf_digest(name, base[name]) != wanted:
             raise WrongBaseError(
                 f"`{path}` is for another base: `{name}` is not the one that it was made for"
             )

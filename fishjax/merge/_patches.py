@@ -68,7 +68,7 @@ def patches(
             merged[name] = _sparse(leaves[name], parts)
         elif alone and kinds == {LowRank} and len({_axes(k) for _, k in parts}) == 1:
             merged[name] = _low_rank(parts, rank)
-        elif alone and kinds == {Scale} and len({(k.vector.shape, k.tied) for _, k in parts}) == 1:
+        elif alone and kinds == {Scale} and len({(k.vector.shape, k.tied, k.fused) for _, k in parts}) == 1:
             merged[name] = _scale(parts, scales)
         else:
             merged |= {leaf: _dense(leaf, leaves, contributions, numbers) for leaf in changed}
@@ -128,7 +128,7 @@ def _scale(parts: Sequence[tuple[Any, Any]], scales: str) -> Any:
         total = np.exp(add_up([w * np.log(v) for (w, _), v in zip(parts, vectors, strict=True)]))
     else:
         total = 1 + add_up([w * (v - 1) for (w, _), v in zip(parts, vectors, strict=True)])
-    return Scale(total.astype(first.vector.dtype), first.tied)
+    return Scale(total.astype(first.vector.dtype), first.tied, first.fused)
 
 
 def _dense(

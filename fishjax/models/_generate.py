@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from fishjax import patches, tree
 from fishjax.errors import UsageError
 from fishjax.models._layers import make_keys
 from fishjax.models._model import end_ids, subtree
@@ -21,7 +22,8 @@ def make(
     config: dict[str, Any],
     decoder_start: int | None,
 ) -> Callable[..., Array]:
-    """Return `generate(params, batch, *, max_new_tokens, temperature=0., key=None)` of a model."""
+    """Return a model's `generate`."""
+    parts = (embed, block, head)
     ends = end_ids(config)
     pad = config.get("pad_token_id")
     pad = pad if pad is not None else ends[0] if ends else 0
@@ -39,7 +41,10 @@ def make(
         return jnp.isin(token, jnp.asarray(ends, jnp.int32)) if ends else jnp.zeros(token.shape, bool)
 
     @partial(jax.jit, static_argnames="steps")
-    def run(params: Params, batch: Batch, temperature: Array, key: Array | None, *, steps: int) -> Array:
+    def run(
+        params: Params, patch: Any, batch: Batch, temperature: Array, key: Array | None, *, steps: int
+    ) -> Array:
+        embed, block, head = _patched(parts, params, patch)
         mask = batch.get("attention_mask")
         if decoder_start is not None:
             start = jnp.full((batch["input_ids"].shape[0], 1), decoder_start, jnp.int32)
@@ -48,14 +53,14 @@ def make(
         (rows, length), count = prompt.valid.shape, prompt.valid.sum(1, dtype=jnp.int32)
 
         # The prompt, once; what it leaves behind becomes a cache with room for the new tokens.
-        carry = {**embed(params, batch), "cache": {}}
+        carry = {**embed(batch), "cache": {}}
         for name in blocks:
-            carry = block(name, subtree(params, name), carry)
+            carry = block(name, carry)
         room = lambda x: jnp.pad(x, ((0, 0), (0, steps), (0, 0), (0, 0)))
         cache = {n: {**held, "self": jax.tree.map(room, held["self"])} for n, held in carry["cache"].items()}
         last = length - 1 - jnp.argmax(prompt.valid[:, ::-1], axis=1)
         x = jnp.take_along_axis(carry["x"], last[:, None, None], axis=1)
-        token = next_token(head(params, {**carry, "x": x})[:, 0], temperature, key, 0)
+        token = next_token(head({**carry, "x": x})[:, 0], temperature, key, 0)
 
         later = count[:, None] + jnp.arange(steps, dtype=jnp.int32)[None]
         keys = prompt._replace(
@@ -71,10 +76,10 @@ def make(
         def advance(state: Any) -> Any:
             step, token, done, cache, out = state
             here = keys._replace(start=length + step - 1)
-            carry = {**embed(params, {**rest, name_of_ids: token[:, None]}, here), "cache": cache}
+            carry = {**embed({**rest, name_of_ids: token[:, None]}, here), "cache": cache}
             for name in cache:
-                carry = block(name, subtree(params, name), carry)
-            token = next_token(head(params, carry)[:, 0], temperature, key, step)
+                carry = block(name, carry)
+            token = next_token(head(carry)[:, 0], temperature, key, step)
             out = out.at[:, step].set(jnp.where(done, pad, token))
             return step + 1, token, done | ended(token), carry["cache"], out
 
@@ -88,6 +93,7 @@ def make(
         max_new_tokens: int,
         temperature: float = 0.0,
         key: Array | None = None,
+        patch: Any = None,
     ) -> Array:
         """Continue a batch of prompts; int32 `[B, max_new_tokens]`, the new tokens only.
 
@@ -95,6 +101,7 @@ def make(
           batch: `input_ids` `[B, T]` and, where rows are padded, `attention_mask`.
           max_new_tokens: at least 1. After end of sequence comes the pad token.
           temperature: 0 takes the likeliest token; above it tokens are sampled with `key`.
+          patch: run under a patch that is not folded; or under one for each prompt, of `patches.select`.
 
         Raises:
           UsageError: an argument out of range, or a temperature without a key.
@@ -107,6 +114,36 @@ def make(
             )
         batch = {n: jnp.asarray(batch[n]) for n in ("input_ids", "attention_mask") if n in batch}
         drawn = key if temperature > 0 else None
-        return run(params, batch, jnp.float32(temperature), drawn, steps=max_new_tokens)
+        return run(params, patch, batch, jnp.float32(temperature), drawn, steps=max_new_tokens)
 
     return generate
+
+
+def _patched(parts: Any, params: Params, patch: Any) -> Any:
+    """Return `embed(batch, keys)`, `block(name, carry)` and `head(carry)` under a patch.
+
+    Each part runs un-folded by itself. So with a patch for each prompt the loop over tokens, its caches
+    and its counter stay one for all prompts: none waits for another's end, none copies its cache.
+    """
+    embed, block, head = parts
+    if patch is None:
+        return (
+            partial(embed, params),
+            lambda name, carry: block(name, subtree(params, name), carry),
+            partial(head, params),
+        )
+
+    def one_block(name: str, carry: Any) -> Any:
+        below = lambda leaf: leaf.startswith(f"{name}.")
+        mine = tree.nest({n: x for n, x in tree.flatten(params).items() if below(n)})
+        cache = carry["cache"]
+        run = patches.unfolded(lambda params, carry: block(name, subtree(params, name), carry))
+        held = {n: x for n, x in cache.items() if n == name}
+        out = run(mine, patches.part(patch, below), {**carry, "cache": held})
+        return {**out, "cache": {**cache, **out["cache"]}}
+
+    return (
+        partial(patches.unfolded(embed), params, patch),
+        one_block,
+        partial(patches.unfolded(head), params, patch),
+    )

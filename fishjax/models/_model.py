@@ -41,8 +41,9 @@ class Model(NamedTuple):
       config: the content of config.json.
       init: `init(key) -> params`, random, named and laid out as in the checkpoint.
       apply: `apply(params, batch) -> logits`: `[B, T, V]`, `[B, C]`, or hidden states of a bare encoder.
-      generate: `generate(params, batch, *, max_new_tokens, temperature=0., key=None) -> int32
-        [B, max_new_tokens]`; None where the model has no decoder.
+      generate: `generate(params, batch, *, max_new_tokens, temperature=0., key=None, patch=None)
+        -> int32 [B, max_new_tokens]`, under a patch that is not folded, or one for each prompt of
+        `patches.select`; None where the model has no decoder.
       labels: one example -> int `[T]` or `[]`: what the logits of this example are compared to;
         None where `apply` does not return logits.
       token_mask: one example -> bool `[T]`: which of the `labels` count; None for classifiers.

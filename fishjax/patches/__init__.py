@@ -8,10 +8,10 @@ from fishjax.patches._apply import apply, check, combine, compose, num_parameter
 from fishjax.patches._delta import Delta
 from fishjax.patches._dense import Dense, init_dense
 from fishjax.patches._diff import diff
-from fishjax.patches._ia3 import Scale, init_ia3
+from fishjax.patches._ia3 import KeysValues, Scale, init_ia3
 from fishjax.patches._lora import LowRank, init_lora
 from fishjax.patches._sparse import Sparse, init_sparse
-from fishjax.patches._stack import Selected, Stacked, select, stack, unstack
+from fishjax.patches._stack import Selected, Stacked, part, select, stack, unstack
 from fishjax.patches._unfolded import unfolded, unfolded_report
 
 KINDS = {"dense": Dense, "sparse": Sparse, "low_rank": LowRank, "scale": Scale, "delta": Delta}
@@ -20,6 +20,7 @@ __all__ = [
     "KINDS",
     "Delta",
     "Dense",
+    "KeysValues",
     "LowRank",
     "Selected",
     "Scale",
@@ -35,6 +36,7 @@ __all__ = [
     "init_lora",
     "init_sparse",
     "num_parameters",
+    "part",
     "partition",
     "select",
     "stack",

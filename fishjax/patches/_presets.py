@@ -9,15 +9,16 @@ from collections.abc import Collection, Mapping
 from typing import NamedTuple
 
 from fishjax.errors import UsageError
+from fishjax.patches._ia3 import KeysValues
 
-Rules = Mapping[str, int | tuple[int, ...]]
+Rules = Mapping[str, int | tuple[int, ...] | KeysValues]
 
 
 class Preset(NamedTuple):
     """Rules for one family: a regex of leaf names -> the axis, or axes, that a rule is about."""
 
     mark: str  # a name that only this family has
-    paper: Rules | None  # (IA)^3 as published: keys, values, the input of the feed-forward's second layer
+    paper: Rules  # (IA)^3 as published: keys, values, the input of the feed-forward's second layer
     peft: Rules  # (IA)^3 as peft places it when it is not told
     lora: Rules  # queries and values; the axis is the input
 
@@ -51,7 +52,10 @@ PRESETS: dict[str, Preset] = {
     ),
     "bloom": Preset(
         mark=r"\.self_attention\.query_key_value\.weight$",
-        paper=None,
+        paper={
+            r"self_attention\.query_key_value\.(weight|bias)$": KeysValues(0, by_head=True),
+            r"mlp\.dense_4h_to_h\.weight$": 1,
+        },
         peft={
             r"self_attention\.query_key_value\.(weight|bias)$": 0,
             r"mlp\.dense_4h_to_h\.weight$": 1,
@@ -60,7 +64,10 @@ PRESETS: dict[str, Preset] = {
     ),
     "gpt2": Preset(
         mark=r"\.attn\.c_attn\.weight$",
-        paper=None,
+        paper={
+            r"attn\.c_attn\.(weight|bias)$": KeysValues(-1, by_head=False),
+            r"mlp\.c_proj\.weight$": 0,
+        },
         peft={r"attn\.c_attn\.(weight|bias)$": -1, r"mlp\.c_proj\.weight$": 0},
         lora={r"attn\.c_attn\.weight$": 0},
     ),
@@ -106,7 +113,7 @@ def ia3(names: Collection[str], preset: str) -> Rules:
       preset: `"paper"` or `"peft"`.
 
     Raises:
-      UsageError: an unknown preset or family, or `"paper"` where queries, keys and values are fused.
+      UsageError: an unknown preset or family.
 
     >>> ia3(["encoder.block.0.layer.0.SelfAttention.q.weight"], "paper")
     {'Attention\\\\.[kv]\\\\.weight$': 0, 'DenseReluDense\\\\.wo\\\\.weight$': 1}
@@ -114,13 +121,7 @@ def ia3(names: Collection[str], preset: str) -> Rules:
     family = family_of(names)
     if preset not in ("paper", "peft"):
         raise UsageError(f'the preset must be "paper" or "peft"; got "{preset}"')
-    rules = PRESETS[family].paper if preset == "paper" else PRESETS[family].peft
-    if rules is None:
-        raise UsageError(
-            f"`{family}` fuses queries, keys and values in one weight, so keys and values have no vector of "
-            'their own as in the paper; take `targets="peft"`, which scales all three'
-        )
-    return rules
+    return PRESETS[family].paper if preset == "paper" else PRESETS[family].peft
 
 
 def lora(names: Collection[str], preset: str) -> Rules:

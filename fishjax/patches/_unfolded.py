@@ -119,7 +119,7 @@ def _each(fn, note, params: Params, selected: Selected, args: Any, kwargs: Any) 
         args, kwargs = filled({i: x[None] for i, x in rows.items()})
         values = leaves.arrays_of(((patched, *args), kwargs))
         outputs = leaves.evaluate(traced.jaxpr, traced.consts, values, on_materialise=note)
-        return [y[0] if y.shape else y for y in map(leaves.array, outputs)]
+        return [y[0] if s.shape else y for y, s in zip(map(leaves.array, outputs), shapes, strict=True)]
 
     axes = [0 if y.shape else None for y in shapes]
     try:
