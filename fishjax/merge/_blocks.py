@@ -1,4 +1,4 @@
-"""Blocks of tensors in files: read into buffers that are used again, widened, narrowed with one rounding.
+"""Blocks of tensors in files: read into buffers that are used again, and widened.
 
 `preadv` into one set of buffers a thread keeps the process small: mapped pages would count as its own.
 """
@@ -7,14 +7,10 @@ import os
 from collections.abc import Hashable
 from typing import NamedTuple
 
-import ml_dtypes
 import numpy as np
 
 from fishjax.checkpoint._dtypes import Spec
 from fishjax.errors import FileFormatError
-
-_BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
-_FLOAT32 = np.dtype(np.float32)
 
 
 class Tensor(NamedTuple):
@@ -63,24 +59,3 @@ class Buffers:
         wide = self.get((slot, "wide"), data.size, dtype)
         np.copyto(wide, data)
         return wide
-
-
-def narrow(values: np.ndarray, dtype: np.dtype) -> np.ndarray:
-    """Return values in the dtype of the output, rounded to nearest, ties to even.
-
-    >>> narrow(np.float32([1.0, 1.00390625, 3.4e38, np.nan]), np.dtype(ml_dtypes.bfloat16)).astype(float)
-    array([ 1.,  1., inf, nan])
-    """
-    if dtype != _BFLOAT16 or values.dtype != _FLOAT32:
-        return values.astype(dtype, copy=False)
-    bits = values.view(np.uint32)
-    rounded = bits >> np.uint32(16)
-    rounded &= np.uint32(1)
-    rounded += np.uint32(0x7FFF)
-    rounded += bits
-    rounded >>= np.uint32(16)
-    narrowed = rounded.astype(np.uint16)
-    nan = np.isnan(values)
-    if nan.any():  # rounding may carry a NaN to infinity
-        narrowed[nan] = 0x7FC0
-    return narrowed.view(dtype)

@@ -14,7 +14,7 @@ import numpy as np
 
 from fishjax import tree
 from fishjax.errors import StructureError
-from fishjax.merge._blocks import Buffers, Tensor, narrow
+from fishjax.merge._blocks import Buffers, Tensor
 from fishjax.merge._plan import Job
 from fishjax.merge._rule import Block, Rule
 from fishjax.merge._select import SAMPLE, Ranking
@@ -80,7 +80,7 @@ class Engine:
             merged = self.rules[job.rule].leaf(
                 block._replace(measured=self.measured[piece.job]), **job.options
             )
-            return narrow(np.atleast_1d(merged), job.spec.dtype)
+            return np.atleast_1d(merged).astype(job.spec.dtype, copy=False)
 
     def read(self, piece: Piece) -> Block:
         """Return a piece's entries of every input, widened."""
