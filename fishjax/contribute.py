@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from fishjax import checkpoint, data, fisher, masks, models, patches, train
-from fishjax.errors import UsageError
-from fishjax.types import Array, Batch, Digest, Mask, Params, Patch
+from fishjax.errors import UsageError, WrongBaseError
+from fishjax.types import Array, Batch, Digest, LossFn, Mask, Params, Patch
 
 
 class Made(NamedTuple):
@@ -27,11 +28,22 @@ class Made(NamedTuple):
 
 
 def fish(
-    key: Array, base: Params, model: models.Model, batches: Sequence[Batch], *, density: float, **rules
+    key: Array,
+    base: Params,
+    model: models.Model,
+    batches: Sequence[Batch],
+    *,
+    density: float,
+    loss: Callable[[models.Model], LossFn] = models.example_loss,
+    **rules,
 ) -> Made:
-    """Choose the entries of largest empirical Fisher: the FISH mask; `rules` as in `masks.topk`."""
+    """Choose the entries of largest empirical Fisher: the FISH mask; `rules` as in `masks.topk`.
+
+    Args:
+      loss: of a model, whose gradients are squared.
+    """
     del key
-    scores = fisher.estimate(fisher.empirical(models.example_loss(model)), base, batches)
+    scores = fisher.estimate(fisher.empirical(loss(model)), base, batches)
     examples = sum(data.examples(batch) for batch in batches)
     recipe = {"method": "fish", "density": density, "estimator": "empirical", "examples": examples}
     return _masked(base, masks.topk(scores, density=density, **rules), recipe)
@@ -98,6 +110,33 @@ def lora(
     return Made(patch, {"method": "lora", "rank": rank, "alpha": alpha})
 
 
+def from_patch(
+    key: Array, base: Params, model: models.Model, batches: Sequence[Batch], *, path: str | os.PathLike
+) -> Made:
+    """Go on from a patch file: few-shot training from (IA)^3 vectors that were pre-trained on a mixture.
+
+    Raises:
+      WrongBaseError: the file is for another base.
+
+    References: Liu et al. 2022, arXiv 2205.05638, section 3.4.
+    """
+    del key, model, batches
+    patch, metadata = checkpoint.load_patch(path)
+    wanted, found = checkpoint.read_patch(path).base_id, checkpoint.digest(base)
+    if wanted != found:
+        raise WrongBaseError(
+            f"`{path}` is for another base: the model has the content id {found[:23]}, wanted {wanted[:23]}"
+        )
+    begun = metadata.get("recipe", {})
+    return Made(jax.tree.map(jnp.asarray, patch), {"method": begun.get("method"), "from": begun})
+
+
+def adam(learning_rate: float, steps: int) -> optax.GradientTransformation:
+    """Return Adam with a tenth of the steps as warm-up, then a cosine to zero."""
+    schedule = optax.warmup_cosine_decay_schedule(0.0, learning_rate, max(1, steps // 10), steps)
+    return optax.adam(schedule)
+
+
 def fit(
     patch: Patch,
     base: Params,
@@ -110,19 +149,22 @@ def fit(
     seed: int = 0,
     folder: str | os.PathLike | None = None,
     description: str = "training",
+    loss: Callable[[models.Model], LossFn] = models.example_loss,
+    optimizer: Callable[[float, int], optax.GradientTransformation] = adam,
 ) -> Patch:
-    """Train a patch by Adam: a tenth of the steps as warm-up, then a cosine to zero.
+    """Train a patch.
 
     Args:
       rows: `{field: [n, ...]}`, batches of which are drawn by the seed.
       steps, batch_size: at least 1.
       folder: where the training's state is kept; a training that was stopped goes on from there.
+      loss: of a model; `train.tfew_loss` where examples have choices.
+      optimizer: of the highest learning rate and the number of steps; `train.adafactor` is T-Few's.
     """
-    schedule = optax.warmup_cosine_decay_schedule(0.0, learning_rate, max(1, steps // 10), steps)
-    optimizer = optax.adam(schedule)
+    rule = optimizer(learning_rate, steps)
     state, _ = train.fit(
-        train.init(patch, optimizer),
-        train.make_step(models.example_loss(model), optimizer),
+        train.init(patch, rule),
+        train.make_step(loss(model), rule),
         base,
         data.batches(rows, min(batch_size, data.examples(rows)), seed=seed, epochs=None),
         steps=steps,
@@ -135,7 +177,7 @@ def fit(
 def run(
     *,
     model: str,
-    data_from: str,
+    data_from: str | Sequence[str],
     out: str,
     make: Callable[..., Made],
     steps: int,
@@ -145,6 +187,10 @@ def run(
     split: str = "train",
     examples: int = 1024,
     metadata: Mapping[str, Any] | None = None,
+    templates: str | Sequence[str | None] | None = None,
+    limit: int | None = None,
+    loss: Callable[[models.Model], LossFn] = models.example_loss,
+    optimizer: Callable[[float, int], optax.GradientTransformation] = adam,
 ) -> Digest:
     """Make a patch for a model folder and write it: what `fishjax train` calls.
 
@@ -152,13 +198,16 @@ def run(
 
     Args:
       model: a folder with config.json and weights.
-      data_from: a TFDS name, or a FILE.jsonl as of `data.load_jsonl`.
+      data_from: a TFDS name, or a FILE.jsonl as of `data.load_jsonl`; several with choices are a mixture.
       out: the patch file to write.
       make: what is trained, one of the functions above with its arguments bound.
       steps, learning_rate, batch_size, seed: of the training.
       split: of a TFDS data set.
       examples: how many examples `make` sees at most (FISH needs few: arXiv 2111.09839, section 5.2).
       metadata: author, licence, claims ... for the patch's manifest.
+      templates: a file as of `data.load_templates` for each FILE.jsonl, whose lines are then a task's rows.
+      limit: at most so many examples of each task of a mixture.
+      loss, optimizer: as of `fit`.
 
     Raises:
       UsageError: `out` exists, or an argument makes no sense.
@@ -166,7 +215,7 @@ def run(
     if Path(out).exists():
         raise UsageError(f"`{out}` exists; remove it or choose another name")
     loaded, base = models.load(model)
-    rows, data_id = read(data_from, model, loaded, split=split)
+    rows, data_id = read(data_from, model, loaded, split=split, templates=templates, limit=limit, seed=seed)
     some = {name: x[:examples] for name, x in rows.items()}
     batches = list(data.batches(some, min(batch_size, data.examples(some))))
     made = make(jax.random.key(seed), base, loaded, batches)
@@ -181,6 +230,8 @@ def run(
         batch_size=batch_size,
         seed=seed,
         folder=partial,
+        loss=loss,
+        optimizer=optimizer,
     )
     recipe = {**made.recipe, "seed": seed, "data": data_id, "steps": steps, "learning_rate": learning_rate}
     digest = checkpoint.save_patch(out, patch, base=base, metadata={**(metadata or {}), "recipe": recipe})
@@ -188,11 +239,51 @@ def run(
     return digest
 
 
-def read(name: str, folder: str, model: models.Model, *, split: str = "train") -> tuple[Batch, str]:
-    """Return the examples of a TFDS data set or a FILE.jsonl, and what identifies them."""
+def read(
+    names: str | Sequence[str],
+    folder: str,
+    model: models.Model,
+    *,
+    split: str = "train",
+    templates: str | Sequence[str | None] | None = None,
+    limit: int | None = None,
+    seed: int = 0,
+) -> tuple[Batch, str]:
+    """Return the examples of a TFDS data set, a FILE.jsonl or a mixture of them, and what identifies them.
+
+    Args:
+      names: one, or several with choices.
+      folder: the model's, whose tokenizer encodes text.
+      split: of a TFDS data set.
+      templates: one file for each name, or none.
+      limit, seed: at most so many examples of each task of a mixture, drawn by the seed.
+    """
+    names = [names] if isinstance(names, str) else list(names)
+    files: list[str | None] = [templates] if isinstance(templates, str) else list(templates or ())
+    files = files or [None] * len(names)
+    if len(files) != len(names) or not names:
+        raise UsageError(f"there must be one file of `templates` for each of {names}; got {files}")
+    parts = [_read(name, folder, model, split, file) for name, file in zip(names, files)]
+    if len(parts) == 1:
+        return parts[0]
+    if odd := [name for name, (rows, _) in zip(names, parts) if "choices" not in rows]:
+        raise UsageError(f"a mixture is of examples with choices; `{odd[0]}` has none")
+    mixed = data.mix([rows for rows, _ in parts], seed=seed, limit=limit)
+    return mixed, " + ".join(identity for _, identity in parts)
+
+
+def _read(
+    name: str, folder: str, model: models.Model, split: str, templates: str | None
+) -> tuple[Batch, str]:
     if name.endswith(".jsonl"):
-        content = hashlib.sha256(Path(name).read_bytes()).hexdigest()
-        return data.load_jsonl(name, folder, model), f"sha256:{content}"
+        content = hashlib.sha256(Path(name).read_bytes())
+        if templates is None:
+            return data.load_jsonl(name, folder, model), f"sha256:{content.hexdigest()}"
+        content.update(Path(templates).read_bytes())
+        asked = data.load_templates(templates)
+        return data.load_jsonl(name, folder, model, templates=asked), f"sha256:{content.hexdigest()}"
+    if templates is not None:
+        raise UsageError(f"`templates` are for a FILE.jsonl; got `{name}`")
     return data.load(name, split), f"{name}/{split}"
 
 

@@ -201,7 +201,7 @@ def test_adafactor_takes_the_steps_of_its_paper():
     with jax.enable_x64(True):
         start = {"m": rng.normal(size=(3, 1)), "v": 5 * rng.normal(size=4)}
         gradients = [{n: rng.normal(size=x.shape) * 3 for n, x in start.items()} for _ in range(12)]
-        optimizer = train.adafactor(10, 3e-3, warmup=0.25)
+        optimizer = train.adafactor(3e-3, 10, warmup=0.25)
         params = jax.tree.map(jnp.asarray, start)
         state = optimizer.init(params)
         # Not factored, as no side reaches 128: section 8 of arXiv 1804.04235, clipped to norm 1 before.
@@ -220,7 +220,7 @@ def test_adafactor_takes_the_steps_of_its_paper():
             jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9), params, mine)
     for bad in ({"steps": 0}, {"steps": 5, "warmup": 1.0}, {"steps": 5, "clip": 0.0}):
         with pytest.raises(UsageError, match="warmup"):
-            train.adafactor(**bad)
+            train.adafactor(3e-3, **bad)
 
 
 def test_spread_is_median_and_quartiles():

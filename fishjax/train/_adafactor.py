@@ -6,13 +6,13 @@ from fishjax.errors import UsageError
 
 
 def adafactor(
-    steps: int, learning_rate: float = 3e-3, *, warmup: float = 0.06, clip: float = 1.0
+    learning_rate: float, steps: int, *, warmup: float = 0.06, clip: float = 1.0
 ) -> optax.GradientTransformation:
     """Return Adafactor that scales steps by each leaf's size, a linear warm-up and a linear decay to zero.
 
     Args:
+      learning_rate: the highest, relative to the root mean square of each leaf; T-Few's is 3e-3.
       steps: of the whole training, at least 1.
-      learning_rate: the highest, relative to the root mean square of each leaf.
       warmup: the share of the steps that warms up, in [0, 1).
       clip: the largest norm of the whole gradient.
 
@@ -23,7 +23,7 @@ def adafactor(
 
     >>> import jax
     >>> import jax.numpy as jnp
-    >>> state = adafactor(steps=1000).init({"w": jnp.ones((128, 256))})
+    >>> state = adafactor(3e-3, steps=1000).init({"w": jnp.ones((128, 256))})
     >>> [x.shape for x in jax.tree.leaves(state) if x.size > 1]  # a matrix is remembered by rows and columns
     [(128,), (256,)]
     """

@@ -1,0 +1,84 @@
+"""`fishjax train` with the recipe of T-Few: pre-training on a mixture, then few shots from that patch."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from fishjax import checkpoint, cli, contribute, data, models, patches, train
+
+pytest.importorskip("gin")
+pytest.importorskip("tokenizers")
+from tests.test_templates import CONFIG, tokenizer
+
+TEMPLATES = {
+    "templates": [
+        {"input": "{word} is", "choices": ["red", "blue"]},
+        {"input": "is {word}", "choices": ["red", "blue"]},
+    ]
+}
+
+
+@pytest.fixture(autouse=True)
+def standard_promotion():
+    """Flax and optax mix dtypes of their own."""
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        yield
+
+
+def test_from_a_mixture_to_few_shots(tmp_path, capsys):
+    model = models.build(CONFIG)
+    rng, shapes = np.random.default_rng(0), jax.eval_shape(model.init, jax.random.key(0))
+    params = jax.tree.map(lambda x: jnp.asarray(0.3 * rng.normal(size=x.shape), jnp.float32), shapes)
+    models.save(tmp_path / "model", model, params)
+    tokenizer().save(str(tmp_path / "model" / "tokenizer.json"))
+    (tmp_path / "task.yaml").write_text(json.dumps(TEMPLATES))
+    lines = [{"word": word, "label": label} for word, label in [("sky", 1), ("green", 0)] * 4]
+    (tmp_path / "task.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    other = {"text": "blue", "choices": ["red", "green", "sky"], "answer": 2}
+    (tmp_path / "other.jsonl").write_text(json.dumps(other))
+
+    def fit(config, out, *bindings):
+        names = {"MODEL": tmp_path / "model", "DATA": tmp_path / "task.jsonl", "OUT": tmp_path / out}
+        names["TEMPLATES"] = tmp_path / "task.yaml"
+        lines = [*(f'{n} = "{p}"' for n, p in names.items()), "STEPS = 30", *bindings]
+        words = [word for line in lines for word in ("--gin_bindings", line)]
+        return cli.main(["train", "--gin_file", f"configs/{config}.gin", *words])
+
+    mixture = f'["{tmp_path}/task.jsonl", "{tmp_path}/other.jsonl"]'
+    pretraining = [
+        f"contribute.run.data_from = {mixture}",
+        f'contribute.run.templates = ["{tmp_path}/task.yaml", None]',
+        "contribute.run.limit = 4",
+    ]
+    assert fit("tfew/pretrain", "pre.safetensors", *pretraining) == 0
+    start = [
+        f'PRETRAINED = "{tmp_path}/pre.safetensors"',
+        "contribute.run.learning_rate = 0.1",
+    ]
+    assert fit("tfew/few_shot", "few.safetensors", *start) == 0
+    patch, metadata = checkpoint.load_patch(tmp_path / "few.safetensors")
+    assert metadata["recipe"]["method"] == "ia3" and metadata["recipe"]["from"]["steps"] == 30
+    assert all(isinstance(kind, patches.Scale) for kind in patch.values())
+
+    rows, _ = contribute.read(
+        str(tmp_path / "task.jsonl"), str(tmp_path / "model"), model, templates=str(tmp_path / "task.yaml")
+    )
+    assert data.examples(rows) == 16
+    loss = jax.jit(lambda p: jax.vmap(train.tfew_loss(model), (None, 0))(p, rows).mean())
+    tuned, pretrained = (
+        patches.apply(params, jax.tree.map(jnp.asarray, checkpoint.load_patch(tmp_path / f)[0]))
+        for f in ("few.safetensors", "pre.safetensors")
+    )
+    assert loss(tuned) < loss(pretrained) - 0.05
+
+    models.save(tmp_path / "model", model, jax.tree.map(lambda x: x + 1, params))
+    capsys.readouterr()
+    assert (
+        fit("tfew/few_shot", "wrong.safetensors", *start) == 4
+        and "for another base" in capsys.readouterr().err
+    )
+    assert fit("train_tfew", "x.safetensors", f"contribute.run.data_from = {mixture}") == 2
+    assert "one file of `templates` for each" in capsys.readouterr().err
