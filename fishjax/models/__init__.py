@@ -5,6 +5,7 @@ made here applies to the folder that others use. One file a family, listed in `F
 """
 
 from fishjax.models._model import FAMILIES, Model, build, example_logits, example_loss, load, save
+from fishjax.models._remat import remat
 from fishjax.models._tokenizer import encode, load_tokenizer, pad, until_end
 
 __all__ = [
@@ -17,6 +18,7 @@ __all__ = [
     "load",
     "load_tokenizer",
     "pad",
+    "remat",
     "save",
     "until_end",
 ]
