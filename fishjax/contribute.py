@@ -13,8 +13,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh
 
-from fishjax import checkpoint, data, fisher, masks, models, patches, train
+from fishjax import checkpoint, data, fisher, leaves, masks, mesh, models, patches, train
 from fishjax.errors import UsageError, WrongBaseError
 from fishjax.types import Array, Batch, Digest, LossFn, Mask, Params, Patch
 
@@ -151,27 +152,51 @@ def fit(
     description: str = "training",
     loss: Callable[[models.Model], LossFn] = models.example_loss,
     optimizer: Callable[[float, int], optax.GradientTransformation] = adam,
+    remat: bool = False,
 ) -> Patch:
     """Train a patch.
 
     Args:
+      base: on one device, or on a mesh (`mesh.shard`) over which patch, moments and batches then follow.
       rows: `{field: [n, ...]}`, batches of which are drawn by the seed.
       steps, batch_size: at least 1.
       folder: where the training's state is kept; a training that was stopped goes on from there.
       loss: of a model; `train.tfew_loss` where examples have choices.
       optimizer: of the highest learning rate and the number of steps; `train.adafactor` is T-Few's.
+      remat: compute each block again in the backward pass, which saves memory (`models.remat`).
     """
-    rule = optimizer(learning_rate, steps)
+    rule, on = optimizer(learning_rate, steps), mesh.mesh_of(base)
+    batches = data.batches(rows, min(batch_size, data.examples(rows)), seed=seed, epochs=None)
     state, _ = train.fit(
-        train.init(patch, rule),
-        train.make_step(loss(model), rule),
+        mesh.follow(train.init(patch, rule), base),
+        make_step(model, rule, on, loss=loss, remat=remat),
         base,
-        data.batches(rows, min(batch_size, data.examples(rows)), seed=seed, epochs=None),
+        (mesh.shard_batch(batch, on) for batch in batches),
         steps=steps,
         folder=folder,
         description=description,
     )
     return train.patch_of(state)
+
+
+def make_step(
+    model: models.Model,
+    optimizer: optax.GradientTransformation,
+    on: mesh.AnyMesh | None = None,
+    *,
+    loss: Callable[[models.Model], LossFn] = models.example_loss,
+    remat: bool = False,
+) -> train.Step:
+    """Return the step that `fit` takes: patched weights are not formed, examples are spread over a mesh.
+
+    Args:
+      on: the mesh of the parameters, if they lie on one.
+      loss, remat: as of `fit`.
+    """
+    held = model if on is None else mesh.constrain(model, on)
+    loss_fn = loss(models.remat(held) if remat else held)
+    over = mesh.batch_axes(on)
+    return train.make_step(leaves.interpret(loss_fn), optimizer, apply=patches.unfold, over=over)
 
 
 def run(
@@ -191,6 +216,9 @@ def run(
     limit: int | None = None,
     loss: Callable[[models.Model], LossFn] = models.example_loss,
     optimizer: Callable[[float, int], optax.GradientTransformation] = adam,
+    on: Mesh | None = None,
+    rules: Callable[[models.Model, Mesh], mesh.SpecRules] = mesh.rules,
+    remat: bool = False,
 ) -> Digest:
     """Make a patch for a model folder and write it: what `fishjax train` calls.
 
@@ -207,17 +235,20 @@ def run(
       metadata: author, licence, claims ... for the patch's manifest.
       templates: a file as of `data.load_templates` for each FILE.jsonl, whose lines are then a task's rows.
       limit: at most so many examples of each task of a mixture.
-      loss, optimizer: as of `fit`.
+      loss, optimizer, remat: as of `fit`.
+      on: a mesh (`mesh.make`) onto which the model is loaded and on which all else then happens.
+      rules: `(model, mesh) -> rules` as of `mesh.shard`.
 
     Raises:
       UsageError: `out` exists, or an argument makes no sense.
     """
     if Path(out).exists():
         raise UsageError(f"`{out}` exists; remove it or choose another name")
-    loaded, base = models.load(model)
+    where = None if on is None else lambda m, shapes: mesh.shardings(shapes, rules(m, on), on)
+    loaded, base = models.load(model, shardings=where)
     rows, data_id = read(data_from, model, loaded, split=split, templates=templates, limit=limit, seed=seed)
     some = {name: x[:examples] for name, x in rows.items()}
-    batches = list(data.batches(some, min(batch_size, data.examples(some))))
+    batches = [mesh.shard_batch(b, on) for b in data.batches(some, min(batch_size, data.examples(some)))]
     made = make(jax.random.key(seed), base, loaded, batches)
     partial = Path(f"{out}.partial")
     patch = fit(
@@ -232,6 +263,7 @@ def run(
         folder=partial,
         loss=loss,
         optimizer=optimizer,
+        remat=remat,
     )
     recipe = {**made.recipe, "seed": seed, "data": data_id, "steps": steps, "learning_rate": learning_rate}
     digest = checkpoint.save_patch(out, patch, base=base, metadata={**(metadata or {}), "recipe": recipe})

@@ -7,7 +7,19 @@ Functions of the other rooms run on such parameters unchanged, under `jax.jit` w
 (what used to be spelled `pjit`).
 """
 
+from fishjax.mesh._constrain import constrain
 from fishjax.mesh._rules import rules
-from fishjax.mesh._shard import follow, make, mesh_of, shard, shard_batch, shardings
+from fishjax.mesh._shard import SpecRules, batch_axes, follow, make, mesh_of, shard, shard_batch, shardings
 
-__all__ = ["follow", "make", "mesh_of", "rules", "shard", "shard_batch", "shardings"]
+__all__ = [
+    "SpecRules",
+    "batch_axes",
+    "constrain",
+    "follow",
+    "make",
+    "mesh_of",
+    "rules",
+    "shard",
+    "shard_batch",
+    "shardings",
+]

@@ -143,10 +143,19 @@ def shard_batch(batch: Batch, mesh: AnyMesh | None) -> Batch:
     """
     if mesh is None:
         return batch
-    axes = tuple(a for a in BATCH if a in mesh.shape)
+    axes = batch_axes(mesh)
     entry = axes if len(axes) > 1 else axes[0] if axes else None
     spec = lambda x: fitting(x.shape, PartitionSpec(entry) if x.shape else PartitionSpec(), mesh)
     return jax.tree.map(lambda x: _put(x, NamedSharding(mesh, spec(x))), batch)
+
+
+def batch_axes(mesh: AnyMesh | None) -> tuple[str, ...]:
+    """Return the axes of a mesh over which examples are spread: "data" and "fsdp", as far as it has them.
+
+    >>> batch_axes(AbstractMesh((4, 2), ("fsdp", "tensor"))), batch_axes(None)
+    (('fsdp',), ())
+    """
+    return tuple(a for a in BATCH if mesh is not None and a in mesh.shape)
 
 
 def mesh_of(params: Params) -> AnyMesh | None:

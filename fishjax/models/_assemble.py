@@ -10,7 +10,7 @@ from flax import linen as nn
 from fishjax import tree
 from fishjax.errors import FileFormatError
 from fishjax.models import _generate
-from fishjax.models._model import Model, subtree
+from fishjax.models._model import Model, in_order
 from fishjax.types import Array, Batch, Example, Params
 
 
@@ -51,12 +51,6 @@ def assemble(
     def run_head(params: Params, carry: Any) -> Array:
         return head.apply({"params": _by_module(params)}, carry)
 
-    def apply(params: Params, batch: Batch) -> Array:
-        carry = run_embed(params, batch)
-        for name in blocks:
-            carry = run_block(name, subtree(params, name), carry)
-        return run_head(params, carry)
-
     def init(key: Array) -> Params:
         batch = {"input_ids": jnp.zeros((1, 2), jnp.int32), "decoder_input_ids": jnp.zeros((1, 2), jnp.int32)}
         keys = iter(jax.random.split(key, len(blocks) + 2))
@@ -75,7 +69,7 @@ def assemble(
         family=config["model_type"],
         config=config,
         init=init,
-        apply=apply,
+        apply=in_order(run_embed, run_block, run_head, blocks),
         generate=generate,
         labels=LABELS[labels] if labels else None,
         token_mask=TOKEN_MASKS.get(labels) if labels else None,

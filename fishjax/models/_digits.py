@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from fishjax.errors import UsageError
-from fishjax.models._model import Model
+from fishjax.models._model import Model, in_order
 from fishjax.types import Array
 
 DEFAULTS = {
@@ -117,17 +117,11 @@ def build(config: dict[str, Any], names: Collection[str] | None = None) -> Model
     def head(params, carry):
         return top.apply({"params": params["head"]}, carry)
 
-    def apply(params, batch):
-        carry = embed(params, batch)
-        for name in blocks:
-            carry = block(name, params[name], carry)
-        return head(params, carry)
-
     return Model(
         family="fishjax_digits",
         config=c,
         init=init,
-        apply=apply,
+        apply=in_order(embed, block, head, blocks),
         labels=lambda example: example["label"],
         blocks=blocks,
         embed=embed,

@@ -117,7 +117,8 @@ def load(folder: str | Path, *, dtype: Any = None, shardings: Any = None) -> tup
     Args:
       folder: a local folder in Hugging Face's layout; nothing is looked up on a network.
       dtype: cast the parameters to this floating dtype; None keeps each tensor's own.
-      shardings: where each leaf goes, `{name: jax.sharding.Sharding}`, or one sharding for all.
+      shardings: where each leaf goes, `{name: jax.sharding.Sharding}`, one sharding for all, or a function
+        `(model, shapes) -> {name: Sharding}`. Each process of several reads its own parts.
 
     Raises:
       UsageError: no such folder, no config.json, or an unknown architecture.
@@ -156,6 +157,8 @@ def load(folder: str | Path, *, dtype: Any = None, shardings: Any = None) -> tup
         model = build(config, specs.keys())
         kept = [n for n in specs if not (model.ignored and re.search(model.ignored, n))]
         check_params(model, {n: specs[n] for n in kept}, folder)
+        if callable(shardings):
+            shardings = shardings(model, jax.eval_shape(model.init, jax.random.key(0)))
         if orbax:
             found = tree.flatten(load_orbax(folder, kept, dtype=dtype, shardings=shardings))
 
@@ -163,6 +166,8 @@ def load(folder: str | Path, *, dtype: Any = None, shardings: Any = None) -> tup
             leaf = found.pop(name) if orbax else found[name]
             leaf = leaf if dtype is None else leaf.astype(jax.numpy.dtype(dtype))
             where = shardings.get(name) if isinstance(shardings, Mapping) else shardings
+            if where is not None and not where.is_fully_addressable:
+                return jax.make_array_from_callback(leaf.shape, where, lambda index: leaf[index])
             return jax.device_put(leaf, where).block_until_ready()  # before the next one is mapped
 
         return model, tree.nest({n: place(n) for n in kept})
@@ -253,6 +258,18 @@ def example_logits(model: Model) -> LogitsFn:
         return model.apply(params, jax.tree.map(lambda x: x[None], example))[0]
 
     return logits
+
+
+def in_order(embed: Callable, block: Callable, head: Callable, blocks: Collection[str]) -> Callable:
+    """Return `apply(params, batch)`: what embeds, one block after another, the head."""
+
+    def apply(params: Params, batch: Batch) -> Array:
+        carry = embed(params, batch)
+        for name in blocks:
+            carry = block(name, subtree(params, name), carry)
+        return head(params, carry)
+
+    return apply
 
 
 def subtree(params: Params, name: str) -> Params:

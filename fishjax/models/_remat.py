@@ -1,11 +1,12 @@
 """A model that keeps nothing of a block but its input for the backward pass, and computes the rest again."""
 
 import functools
+from typing import Any
 
 import jax
 
-from fishjax.models._model import Model, subtree
-from fishjax.types import Array, Batch, Params
+from fishjax.models._model import Model, in_order
+from fishjax.types import Params
 
 
 def remat(model: Model) -> Model:
@@ -26,10 +27,7 @@ def remat(model: Model) -> Model:
     embed, block, head = model.embed, model.block, model.head
     assert embed is not None and block is not None and head is not None  # every family has them
 
-    def apply(params: Params, batch: Batch) -> Array:
-        carry = embed(params, batch)
-        for name in model.blocks:
-            carry = jax.checkpoint(functools.partial(block, name))(subtree(params, name), carry)
-        return head(params, carry)
+    def again(name: str, params: Params, carry: Any) -> Any:
+        return jax.checkpoint(functools.partial(block, name))(params, carry)
 
-    return model._replace(apply=apply)
+    return model._replace(apply=in_order(embed, again, head, model.blocks), block=again)

@@ -12,7 +12,7 @@ from fishjax.patches._ia3 import KeysValues, Scale, init_ia3
 from fishjax.patches._lora import LowRank, init_lora
 from fishjax.patches._sparse import Sparse, init_sparse
 from fishjax.patches._stack import Selected, Stacked, part, select, stack, unstack
-from fishjax.patches._unfolded import unfolded, unfolded_report
+from fishjax.patches._unfolded import unfold, unfolded, unfolded_report
 
 KINDS = {"dense": Dense, "sparse": Sparse, "low_rank": LowRank, "scale": Scale, "delta": Delta}
 
@@ -41,6 +41,7 @@ __all__ = [
     "select",
     "stack",
     "touched",
+    "unfold",
     "unfolded",
     "unfolded_report",
     "unstack",

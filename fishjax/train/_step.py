@@ -45,6 +45,7 @@ def make_step(
     optimizer: optax.GradientTransformation,
     *,
     apply: Callable[[Params, Patch], Params] = patches.apply,
+    over: tuple[str, ...] = (),
 ) -> Step:
     """Return `step(state, params, batch) -> (state, loss)`, pure: jit it, donate the state if you like.
 
@@ -52,6 +53,8 @@ def make_step(
       loss_fn: the loss of ONE example, nats; a step descends its mean over the batch.
       optimizer: any optax transformation.
       apply: what a patch means.
+      over: axes of the mesh over which the examples are spread; they join the constraints in `loss_fn`
+        (`mesh.constrain`).
 
     >>> loss = lambda params, example: (params["w"] * example["x"]).sum() ** 2
     >>> patch = {"w": patches.Sparse(jnp.array([1]), jnp.array([2.0]))}
@@ -62,7 +65,7 @@ def make_step(
     (4.0, Array([1.], dtype=float32))
     """
 
-    value_and_grad = jax.value_and_grad(mean_loss(loss_fn, apply))
+    value_and_grad = jax.value_and_grad(mean_loss(loss_fn, apply, over))
 
     def step(state, params, batch):
         loss, grads = value_and_grad(state.trainable, state.fixed, params, batch)
@@ -71,12 +74,14 @@ def make_step(
     return step
 
 
-def mean_loss(loss_fn: LossFn, apply: Callable[[Params, Patch], Params]) -> Callable[..., Array]:
+def mean_loss(
+    loss_fn: LossFn, apply: Callable[[Params, Patch], Params], over: tuple[str, ...] = ()
+) -> Callable[..., Array]:
     """Return `loss(trainable, fixed, params, batch)`, the mean over a batch under a patch in two parts."""
 
     def loss(trainable, fixed, params, batch):
         patched = apply(params, patches.combine(trainable, fixed))
-        return jax.vmap(loss_fn, (None, 0))(patched, batch).mean()
+        return jax.vmap(loss_fn, (None, 0), spmd_axis_name=over or None)(patched, batch).mean()
 
     return loss
 
