@@ -9,9 +9,20 @@ Functions of the other rooms run on such parameters unchanged, under `jax.jit` w
 
 from fishjax.mesh._constrain import constrain
 from fishjax.mesh._rules import rules
-from fishjax.mesh._shard import SpecRules, batch_axes, follow, make, mesh_of, shard, shard_batch, shardings
+from fishjax.mesh._shard import (
+    AnyMesh,
+    SpecRules,
+    batch_axes,
+    follow,
+    make,
+    mesh_of,
+    shard,
+    shard_batch,
+    shardings,
+)
 
 __all__ = [
+    "AnyMesh",
     "SpecRules",
     "batch_axes",
     "constrain",

@@ -1,0 +1,108 @@
+"""What runs on eight devices gives what one device gives: a step, Fishers, merging, generation."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from fishjax import contribute, fisher, mesh, models, patches, train
+
+T5 = {
+    "model_type": "t5",
+    "vocab_size": 32,
+    "d_model": 16,
+    "d_kv": 4,
+    "d_ff": 32,
+    "num_layers": 1,
+    "num_heads": 4,
+    "feed_forward_proj": "gated-gelu",
+    "tie_word_embeddings": False,
+}
+LLAMA = {
+    "model_type": "llama",
+    "vocab_size": 32,
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 4,
+    "tie_word_embeddings": True,
+}
+AXES = {"data": 2, "fsdp": 2, "tensor": 2}
+TOLERANCE = {"float32": 1e-5, "float64": 1e-10}
+
+
+@pytest.fixture(autouse=True)
+def standard_promotion():
+    """Optax and Flax mix dtypes of their own."""
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        yield
+
+
+def problem(config, dtype):
+    """A model, parameters, a patch that trains and a batch of 8."""
+    model = models.build(config)
+    draw = lambda x: x + 0.1 * jax.random.normal(jax.random.key(x.size), x.shape, x.dtype)
+    params = jax.tree.map(lambda x: draw(x).astype(dtype), model.init(jax.random.key(0)))
+    ids = np.random.default_rng(0).integers(2, 32, (3, 8, 6)).astype(np.int32)
+    batch = {"input_ids": ids[0], "attention_mask": (np.arange(6) < 3 + ids[1] % 4).astype(np.int32)}
+    if config is T5:
+        batch["labels"] = ids[2, :, :4]
+        patch = patches.init_ia3(params, targets="paper")
+    else:
+        patch = patches.init_lora(jax.random.key(1), params, rank=2, targets="paper")
+        flat = jax.tree.map(
+            lambda x: x.reshape(-1)[::5],
+            {"model.embed_tokens.weight": params["model"]["embed_tokens"]["weight"]},
+        )
+        patch |= {n: patches.Sparse(5 * jnp.arange(x.size, dtype=jnp.int32), x) for n, x in flat.items()}
+    return model, params, patch, batch
+
+
+def apart(a, b):
+    """The norm of the difference over the norm, both of all leaves."""
+    total = lambda t: (
+        float(sum(np.sum(np.square(np.asarray(x, np.float64))) for x in jax.tree.leaves(t))) ** 0.5
+    )
+    return total(
+        jax.tree.map(lambda x, y: np.asarray(x, np.float64) - np.asarray(y, np.float64), a, b)
+    ) / total(b)
+
+
+@pytest.mark.parametrize(("config", "dtype"), [(T5, "float32"), (LLAMA, "float64")], ids=["t5", "llama"])
+def test_a_step_fishers_and_generation_are_those_of_one_device(config, dtype):
+    with jax.enable_x64(dtype == "float64"):
+        model, params, patch, batch = problem(config, dtype)
+        on = mesh.make(AXES)
+        placed = mesh.shard(params, mesh.rules(model, on), on)
+        spread = mesh.shard_batch(batch, on)
+        loss, optimizer = models.example_loss(model), optax.adam(1e-2)
+
+        def all_of_it(held):
+            step = contribute.make_step(model, optimizer, held, remat=held is not None)
+            estimators = [fisher.empirical(loss, method=m) for m in ("reference", "one_pass")]
+
+            def run(state, params, batch):
+                squares = [e.update(e.init(params), params, batch).total for e in estimators]
+                ids = {n: batch[n] for n in ("input_ids", "attention_mask")}
+                new = model.generate(params, ids, max_new_tokens=2) if config is LLAMA else None
+                return step(state, params, batch), squares, new
+
+            return jax.jit(run)
+
+        state = train.init(patch, optimizer)
+        (one, value), squares, ids = all_of_it(None)(state, params, batch)
+        (eight, sharded_value), sharded_squares, sharded_ids = all_of_it(on)(
+            mesh.follow(state, placed), placed, spread
+        )
+        most = TOLERANCE[dtype]
+        moved = jax.tree.map(lambda x, y: x - y, one.trainable, state.trainable)
+        sharded_moved = jax.tree.map(lambda x, y: x - y, eight.trainable, state.trainable)
+        # Adam's first step is the gradient's sign, blown up where it is 0: the moment is the gradient.
+        assert apart(eight.opt_state[0].mu, one.opt_state[0].mu) < most
+        assert apart(sharded_moved, moved) < 100 * most and abs(sharded_value - value) < most * abs(value)
+        for a, b in zip(sharded_squares, squares, strict=True):
+            assert apart(a, b) < most
+        assert apart(squares[1], squares[0]) < most
+        jax.tree.map(np.testing.assert_array_equal, sharded_ids, ids)
+        assert len(jax.tree.leaves(eight.opt_state[0].mu)[0].sharding.device_set) == 8
