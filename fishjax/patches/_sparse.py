@@ -50,6 +50,9 @@ class Sparse:
 def init_sparse(params: Params, mask: Mask) -> dict[str, Sparse]:
     """Start a patch that trains the entries that a mask keeps; at the start it changes nothing.
 
+    Values are in max(float32, dtype of the leaf): steps too small for bfloat16 add up. `apply` and
+    files round them once to the leaf's dtype.
+
     Args:
       params: the base, leaves `[*p]`.
       mask: bool `[*p]` for every leaf, concrete.
@@ -75,6 +78,7 @@ def init_sparse(params: Params, mask: Mask) -> dict[str, Sparse]:
             raise StructureError(f"`{name}` has {weight.size} entries; sparse patches hold at most 2^31 - 1")
         if where.size:
             values = np.asarray(weight).reshape(-1)[where]  # on the host: no program to compile for each leaf
+            values = values.astype(tree.wide_dtype(values.dtype))  # of bfloat16 leaves: float32 masters
             patch[name] = Sparse(jnp.asarray(where.astype(np.int32)), jnp.asarray(values))
     if not patch:
         raise UsageError("`mask` keeps no entry; a patch must train something")
