@@ -4,12 +4,16 @@ import contextlib
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from fishjax import tree
 from fishjax.errors import UsageError
 from fishjax.types import Fisher, Mask
+
+if TYPE_CHECKING:
+    from fishjax.mesh import Table
 
 
 def mask_density(mask: Mask, path: str | Path) -> list[Path]:
@@ -67,6 +71,31 @@ def fisher_histograms(fisher: Fisher, path: str | Path) -> list[Path]:
     return _written(path)
 
 
+def mesh_table(table: "Table", path: str | Path) -> list[Path]:
+    """Draw how many bytes of each kind of leaf a device holds, and how many it would with equal shares.
+
+    Args:
+      table: as of `mesh.table`.
+      path: where to, without an ending.
+    """
+    rows = sorted(table.rows, key=lambda row: row.bytes_per_device)
+    height = [row.bytes_per_device / 1e6 for row in rows]
+    label = lambda row: f"{row.name} ({', '.join(map(_axis, row.spec)) or '-'})"
+    with _figure(path, (9, 1.6 + 0.3 * len(rows))) as (_, axes):
+        divided = [any(row.spec) for row in rows]
+        color = ["tab:red" if row.whole else "tab:blue" if d else "tab:gray" for row, d in zip(rows, divided)]
+        axes.barh(range(len(rows)), height, color=color)
+        axes.plot(
+            [row.bytes / table.devices / 1e6 for row in rows], range(len(rows)), "k|", label="equal share"
+        )
+        axes.set_yticks(range(len(rows)), [label(row) for row in rows], fontsize=7)
+        axes.set_xlabel("MB on each device (gray: replicated; red: a dimension left whole)")
+        mesh = ", ".join(f"{n}={size}" for n, size in table.axes.items())
+        axes.set_title(f"{mesh}: {table.bytes_per_device / 1e6:.4g} of {table.bytes / 1e6:.4g} MB each")
+        axes.legend(loc="lower right")
+    return _written(path)
+
+
 def merge_sweep(
     weights: Sequence[float],
     curves: Mapping[str, Sequence[float]],
@@ -114,6 +143,11 @@ def accuracies(table: Mapping[str, Mapping[str, float]], path: str | Path) -> li
         axes.set_ylabel("accuracy (test)")
         axes.legend(loc="upper left")
     return _written(path)
+
+
+def _axis(entry: str | tuple[str, ...] | None) -> str:
+    """Write one entry of a PartitionSpec."""
+    return "-" if entry is None else entry if isinstance(entry, str) else "+".join(entry)
 
 
 def _layer(name: str) -> str:

@@ -1,11 +1,14 @@
 """Plots are files that can be read, the same for the same data; what cannot be drawn is said."""
 
+import pathlib
+import shutil
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fishjax import checkpoint, cli, plot
+from fishjax import checkpoint, cli, mesh, models, plot
 from fishjax.errors import UsageError
 
 pytest.importorskip("matplotlib")
@@ -57,3 +60,24 @@ def test_a_zero_fisher_is_refused(tmp_path):
     with pytest.raises(UsageError, match="zero everywhere"):
         plot.fisher_histograms({"w": np.zeros(3)}, tmp_path / "f")
     assert not list(tmp_path.iterdir())
+
+
+def test_the_layout_of_a_folder_is_a_table_and_a_plot(tmp_path, capsys):
+    folder = tmp_path / "model"
+    shutil.copytree(pathlib.Path(__file__).parent / "fixtures" / "models" / "gpt2", folder)
+    model, loaded = models.load(folder)
+    assert cli.main(["plot", "mesh", str(folder), "--axes", "fsdp=2", "tensor=2"]) == 0
+    text = capsys.readouterr().out
+    on = jax.sharding.AbstractMesh((2, 2), ("fsdp", "tensor"))
+    table = mesh.table(loaded, mesh.rules(model, on), on)
+    parts = mesh.shard(loaded, mesh.rules(model, on), mesh.make({"fsdp": 2, "tensor": 2}))
+    held = sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(parts))
+    assert table.bytes_per_device == held and table.bytes == sum(x.nbytes for x in jax.tree.leaves(loaded))
+    assert str(table) in text and f"each of 4 devices (fsdp=2, tensor=2): {held:,} of" in text
+    assert heads([tmp_path / "model-mesh.png", tmp_path / "model-mesh.svg"]) == [PNG, SVG]
+    for wrong in ([], ["--axes", "fsdp"], ["--axes", "fsdp=0"], ["--axes", "fsdp=2", "fsdp=2"]):
+        assert cli.main(["plot", "mesh", str(folder), *wrong]) == 2
+    # Without weights the config alone tells, here of a vocabulary that two devices do not divide.
+    (folder / "model.safetensors").unlink()
+    assert cli.main(["plot", "mesh", str(folder), "--axes", "tensor=2", "--out", str(tmp_path / "x")]) == 0
+    assert "whole: the axes of this dimension" in capsys.readouterr().out

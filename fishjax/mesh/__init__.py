@@ -7,6 +7,7 @@ Functions of the other rooms run on such parameters unchanged, under `jax.jit` w
 (what used to be spelled `pjit`).
 """
 
+from fishjax.mesh._connect import connect
 from fishjax.mesh._constrain import constrain
 from fishjax.mesh._rules import rules
 from fishjax.mesh._shard import (
@@ -20,11 +21,15 @@ from fishjax.mesh._shard import (
     shard_batch,
     shardings,
 )
+from fishjax.mesh._table import Row, Table, table
 
 __all__ = [
     "AnyMesh",
+    "Row",
     "SpecRules",
+    "Table",
     "batch_axes",
+    "connect",
     "constrain",
     "follow",
     "make",
@@ -33,4 +38,5 @@ __all__ = [
     "shard",
     "shard_batch",
     "shardings",
+    "table",
 ]

@@ -69,7 +69,7 @@ def shardings(params: Params, rules: SpecRules, mesh: AnyMesh) -> dict[str, Name
     >>> tuple(found["w"].spec), tuple(found["b"].spec)  # 2 does not divide 3
     (('tensor', None), (None,))
     """
-    flat = tree.flatten(_shapes(params))
+    flat = tree.flatten(shapes_of(params))
     wanted = tree.match(rules, flat)
     if bare := [n for n in flat if n not in wanted]:
         raise UsageError(
@@ -207,7 +207,7 @@ def _owner(path: str, where: Mapping[str, Any]) -> str:
 def _of(params: Params) -> dict[str, tuple[NamedSharding, int]]:
     """Return the sharding and rank of each leaf that lies on a mesh."""
     found = {}
-    whole, names = jax.tree.leaves(params, is_leaf=leaves.is_leaf), tree.names(_shapes(params))
+    whole, names = jax.tree.leaves(params, is_leaf=leaves.is_leaf), tree.names(shapes_of(params))
     for name, leaf in zip(names, whole, strict=True):
         rank = len(leaf.shape)
         for x in jax.tree.leaves(leaf):
@@ -227,7 +227,8 @@ def _put(x: Any, sharding: Sharding) -> Any:
     return jax.make_array_from_callback(x.shape, sharding, lambda index: np.asarray(x)[index])
 
 
-def _shapes(params: Params) -> Params:
+def shapes_of(params: Params) -> Params:
+    """Return shapes and dtypes in the place of leaves; an array-type leaf counts as one."""
     shape = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype)
     return jax.tree.map(shape, params, is_leaf=leaves.is_leaf)
 

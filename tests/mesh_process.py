@@ -1,0 +1,55 @@
+"""One of two processes of `test_mesh_processes.py`: train, estimate a Fisher, merge; print what came out."""
+
+import json
+import sys
+
+
+def main(port: int, process: int, folder: str, part: str) -> None:
+    import jax
+
+    jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_num_cpu_devices", 2 if part != "alone" else 4)
+    jax.config.update("jax_enable_preemption_service", False)
+    from fishjax import mesh
+
+    if part != "alone":
+        mesh.connect(f"127.0.0.1:{port}", 2, process, timeout=60)
+    import numpy as np
+    import optax
+    from jax.sharding import PartitionSpec as P
+
+    from fishjax import fisher, merge, patches, train
+
+    on = mesh.make({"fsdp": 4})
+    rng = np.random.default_rng(0)
+    base = {"w": rng.normal(size=(8, 4)).astype(np.float32), "b": np.zeros(4, np.float32)}
+    params = mesh.shard(base, [("w", P("fsdp")), ("b", P())], on)
+    x, y = (rng.normal(size=(4, 8, n)).astype(np.float32) for n in (8, 4))
+    batches = [mesh.shard_batch({"x": x[i], "y": y[i]}, on) for i in range(4)]
+
+    def loss(params, example):
+        return ((example["x"] @ params["w"] + params["b"] - example["y"]) ** 2).sum()
+
+    optimizer = optax.adam(1e-2)
+    start = lambda: mesh.follow(train.init(patches.init_dense(base), optimizer), params)
+    step = train.make_step(loss, optimizer)
+    state, _ = train.fit(start(), step, params, batches, steps=2, folder=f"{folder}/{part}", every=2)
+    state, _ = train.fit(start(), step, params, batches, steps=4, folder=f"{folder}/{part}", every=2)
+    tuned = jax.jit(patches.apply)(params, train.patch_of(state))
+    squares = fisher.estimate(fisher.empirical(loss, method="reference"), params, batches)
+    merging = jax.jit(lambda a, b, f: merge.fisher([a, b], fishers=[f, f], weights=[1, 2]))
+    found = {"tuned": tuned, "fisher": squares, "merged": merging(params, tuned, squares)}
+
+    def whole(leaf):
+        if leaf.is_fully_addressable:
+            return np.asarray(leaf).tolist()
+        from jax.experimental.multihost_utils import process_allgather
+
+        return np.asarray(process_allgather(leaf, tiled=True)).tolist()
+
+    layout = {"here": len(tuned["w"].addressable_shards), "spec": tuned["w"].sharding.spec[0]}
+    print(json.dumps({"devices": jax.device_count(), **layout, **jax.tree.map(whole, found)}))
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), int(sys.argv[2]), *sys.argv[3:])
