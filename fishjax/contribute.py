@@ -101,14 +101,15 @@ def lora(
     model: models.Model,
     batches: Sequence[Batch],
     *,
-    rank: int,
+    rank: int | Mapping[str, int],
     targets: str | Sequence[str] | Mapping[str, Any],
-    alpha: float = 1.0,
+    alpha: float | Mapping[str, float] = 1.0,
+    rslora: bool = False,
 ) -> Made:
     """Add low-rank products: LoRA."""
     del model, batches
-    patch = patches.init_lora(key, base, rank=rank, targets=targets, alpha=alpha)
-    return Made(patch, {"method": "lora", "rank": rank, "alpha": alpha})
+    patch = patches.init_lora(key, base, rank=rank, targets=targets, alpha=alpha, rslora=rslora)
+    return Made(patch, {"method": "lora", "rank": rank, "alpha": alpha, "rslora": rslora})
 
 
 def from_patch(

@@ -11,7 +11,15 @@ import pytest
 from fishjax import patches
 from tests.test_patches import moved, params, started
 
-KINDS = sorted(patches.KINDS)
+# Ways to start a patch, and the kind that each one makes.
+WAYS = {k: k for k in sorted(patches.KINDS)} | {
+    "bitfit": "dense",
+    "keys_values": "scale",
+    "norms": "dense",
+    "prompt": "sparse",
+    "rslora": "low_rank",
+}
+KINDS = list(WAYS)
 
 
 def same(a, b):
@@ -20,7 +28,7 @@ def same(a, b):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_new_patch_changes_nothing(kind):
-    assert {type(k) for k in started(kind).values()} == {patches.KINDS[kind]}
+    assert {type(k) for k in started(kind).values()} == {patches.KINDS[WAYS[kind]]}
     same(patches.apply(params(), started(kind)), params())
 
 
@@ -47,6 +55,20 @@ def test_apply_is_the_same_under_jit(kind):
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-6), jitted, patches.apply(params(), patch)
     )
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_unfolded_is_folded(kind, x64):
+    base, patch = params(jnp.float64), moved(started(kind, jnp.float64))
+
+    def fn(p, ids):
+        x = jnp.take(p["wte"]["weight"], ids, axis=0) * p["ln"]["scale"][None]
+        heads = jnp.einsum("bd,dhk->bhk", x, p["attn"]["k"]["kernel"]) + p["attn"]["k"]["bias"][None]
+        return heads, x @ p["mlp"]["kernel"] + p["mlp"]["bias"][None]
+
+    ids = jnp.array([1, 4, 0])
+    got, want = jax.jit(patches.unfolded(fn))(base, patch, ids), jax.jit(fn)(patches.apply(base, patch), ids)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-12), got, want)
 
 
 @pytest.mark.parametrize("kind", KINDS)

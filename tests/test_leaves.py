@@ -214,7 +214,7 @@ def test_linen_layers_train_a_patch_without_a_weight_gradient(remat, scan, key):
         return jax.jit(f).lower(at).compile().cost_analysis()["flops"]
 
     full = flops(jax.value_and_grad(lambda params: call(params, x)), params)
-    assert flops(jax.value_and_grad(loss_unfolded), patch) < (0.79 if remat else 0.74) * full
+    assert flops(jax.value_and_grad(loss_unfolded), patch) < (0.77 if remat else 0.70) * full
 
 
 def test_interpret_costs_nothing_on_plain_arrays():

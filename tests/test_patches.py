@@ -1,17 +1,22 @@
 """Each kind of patch against dense arithmetic in float64, and what a bad patch is told."""
 
+import pathlib
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fishjax import masks, patches, tree
+from fishjax import masks, models, patches, tree
 from fishjax.errors import StructureError, UsageError
+
+FIXTURES = pathlib.Path(__file__).parent / "fixtures" / "models"
 
 
 def params(dtype=jnp.float32):
     rng = np.random.default_rng(0)
     shapes = {"attn": {"k": {"kernel": (6, 2, 3), "bias": (2, 3)}}, "mlp": {"kernel": (6, 4), "bias": (4,)}}
+    shapes |= {"ln": {"scale": (6,)}, "wte": {"weight": (5, 6)}}
     return jax.tree.map(
         lambda s: jnp.asarray(rng.normal(size=s), dtype), shapes, is_leaf=lambda x: isinstance(x, tuple)
     )
@@ -23,6 +28,19 @@ def started(kind, dtype=jnp.float32):
         return patches.init_dense(base, "kernel")
     if kind == "sparse":
         return patches.init_sparse(base, masks.topk(jax.tree.map(jnp.abs, base), density=0.2))
+    if kind == "bitfit":
+        return patches.init_bitfit(base, always="mlp.kernel")
+    if kind == "norms":
+        return patches.init_norms(base)
+    if kind == "prompt":
+        return patches.init_prompt(base, ids=[4, 1])
+    if kind == "rslora":
+        ranks, alphas = {"attn": 3, "": 1}, {"mlp": 2.0, "": 4.0}
+        return patches.init_lora(
+            jax.random.key(1), base, rank=ranks, alpha=alphas, targets="kernel", rslora=True
+        )
+    if kind == "keys_values":
+        return patches.init_ia3(base, targets={"attn.k.kernel": patches.KeysValues(-1, by_head=False)})
     if kind == "low_rank":
         return patches.init_lora(jax.random.key(1), base, rank=2, targets="kernel", alpha=3.0)
     if kind == "delta":
@@ -56,6 +74,59 @@ def test_low_rank_is_the_product_of_its_factors_in_float64(x64):
             node, old = node[part], old[part]
         expected = np.asarray(old["kernel"]) + 1.5 * (a @ b.T).reshape(6, *out_shape)
         np.testing.assert_allclose(node["kernel"], expected, rtol=1e-13)
+
+
+def test_ranks_alphas_and_rslora_go_by_regex(key):
+    base = params()
+    patch = started("rslora")
+    assert {n: k.a.shape[-1] for n, k in patch.items()} == {"attn.k.kernel": 3, "mlp.kernel": 1}
+    assert patch["attn.k.kernel"].scale == 4 / 3**0.5 and patch["mlp.kernel"].scale == 2.0
+    with pytest.raises(UsageError, match=r"no regex of `rank`.*mlp"):
+        patches.init_lora(key, base, rank={"attn": 3}, targets="kernel")
+    with pytest.raises(UsageError, match=r"`query` matches no leaf"):
+        patches.init_lora(key, base, rank={"query": 3, "": 1}, targets="kernel")
+
+
+def test_bitfit_and_norms_train_what_they_say_in_every_family():
+    """A norm is a module without a matrix; what else is a vector is a bias."""
+    for case in ("t5_v1_1", "bert", "bert_masked", "bloom", "gpt2", "qwen2", "qwen3", "gemma2"):
+        params = models.load(FIXTURES / case)[1]
+        flat = tree.flatten(params)
+        module = lambda n: n.rpartition(".")[0]
+        layers = {module(n) for n, x in flat.items() if x.ndim > 1}
+        heads = {"cls.predictions.bias"}  # a bias by itself
+        norms = {n for n in flat if module(n) not in layers} - heads
+        assert set(patches.init_norms(params)) == norms, case
+        biases = {n for n, x in flat.items() if n.endswith(("bias", "beta"))}
+        if biases:
+            assert set(patches.init_bitfit(params)) == biases
+        else:
+            with pytest.raises(UsageError, match="bias"):
+                patches.init_bitfit(params)
+
+
+def test_a_soft_prompt_is_rows_of_the_embedding_before_the_input():
+    model, params = models.load(FIXTURES / "t5_v1_1")
+    ids, batch = [60, 59], models.pad([[5, 9, 11], [4, 8]], model)
+    batch["labels"] = np.array([[3, 1], [7, -100]], np.int32)
+    patch = moved(patches.init_prompt(params, ids=ids, like=[5, 9]))
+    assert patches.num_parameters(patch) == 2 * params["shared"]["weight"].shape[1]
+    tuned = patches.apply(params, patch)
+    rows = np.flatnonzero((tuned["shared"]["weight"] != params["shared"]["weight"]).any(axis=1))
+    assert rows.tolist() == sorted(ids)
+    longer = patches.prompted(batch, ids, causal=False)
+    assert longer["input_ids"].tolist() == [[60, 59, 5, 9, 11], [60, 59, 4, 8, batch["input_ids"][1, 2]]]
+    assert longer["attention_mask"].tolist() == [[1, 1, 1, 1, 1], [1, 1, 1, 1, 0]]
+    got, plain = model.apply(tuned, longer), model.apply(params, longer)
+    assert got.shape == model.apply(params, batch).shape and not np.allclose(got, plain)
+    np.testing.assert_array_equal(model.apply(tuned, batch), model.apply(params, batch))  # no other text
+    causal = patches.prompted({k: batch[k] for k in ("input_ids", "attention_mask")}, ids, causal=True)
+    assert causal["labels"].tolist() == [[-100, -100, 5, 9, 11], [-100, -100, 4, 8, -100]]
+    for odd in ({"ids": [5, 5]}, {"ids": []}, {"ids": [999]}, {"ids": [1], "like": [1, 2]}):
+        with pytest.raises(UsageError, match="ids"):
+            patches.init_prompt(params, **odd)
+    with pytest.raises(UsageError, match="one embedding"):
+        patches.init_prompt(params, ids=[1], table="weight$")
 
 
 def test_low_rank_inputs_may_be_any_axes(key):

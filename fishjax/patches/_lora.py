@@ -3,7 +3,7 @@
 import dataclasses
 import math
 import string
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -64,24 +64,27 @@ def init_lora(
     key: Array,
     params: Params,
     *,
-    rank: int,
+    rank: int | Mapping[str, int],
     targets: str | Sequence[str] | Mapping[str, int | Sequence[int]],
-    alpha: float = 1.0,
+    alpha: float | Mapping[str, float] = 1.0,
+    rslora: bool = False,
 ) -> dict[str, LowRank]:
     """Start a low-rank patch: A random, B zero, so at the start it changes nothing.
 
     Args:
       key: a PRNG key.
       params: the base, leaves `[*p]` with at least two axes.
-      rank: r, at least 1 and at most the smaller side of each target.
+      rank: r, at least 1 and at most the smaller side of each target; or `{regex of a leaf's name: r}`,
+        the first match wins, `""` matches all.
       targets: a family's preset, regexes of leaf names (the leading axis is the input, the
         others are outputs), or `{regex: input axis or axes}`.
-      alpha: the product is scaled by `alpha / rank`.
+      alpha: the product is scaled by `alpha / rank`; or by regexes in the same way.
+      rslora: scale by `alpha / sqrt(rank)` instead, which keeps large ranks from learning slowly.
 
     Raises:
-      UsageError: a target matches no leaf, or the rank does not fit.
+      UsageError: a target or regex matches no leaf, a target has no rank or alpha, or a rank does not fit.
 
-    References: Hu et al. 2021, arXiv 2106.09685, eq. 3.
+    References: Hu et al. 2021, arXiv 2106.09685, eq. 3; Kalajdzievski 2023, arXiv 2312.03732.
 
     >>> patch = init_lora(jax.random.key(0), {"w": jnp.ones((4, 6))}, rank=2, targets="w")
     >>> patch["w"].a.shape, patch["w"].b.shape
@@ -90,8 +93,9 @@ def init_lora(
     flat = tree.flatten(params)
     patch = {}
     chosen = tree.match(list(_rules(targets, list(flat)).items()), flat)
+    ranks, alphas = _by_name("rank", rank, chosen), _by_name("alpha", alpha, chosen)
     for i, (name, axes) in enumerate(chosen.items()):
-        weight = flat[name]
+        weight, r = flat[name], ranks[name]
         inputs = {range(weight.ndim)[a] for a in ([axes] if isinstance(axes, int) else axes)}
         size_in = math.prod(n for d, n in enumerate(weight.shape) if d in inputs)
         size_out = math.prod(n for d, n in enumerate(weight.shape) if d not in inputs)
@@ -99,14 +103,25 @@ def init_lora(
             raise UsageError(
                 f"`{name}` is {tree.describe(weight)}; a low-rank patch needs inputs and outputs"
             )
-        if not 1 <= rank <= min(size_in, size_out):
-            raise UsageError(f"`rank` must lie in [1, {min(size_in, size_out)}] for `{name}`; got {rank}")
-        a_shape = [n if d in inputs else 1 for d, n in enumerate(weight.shape)] + [rank]
-        b_shape = [1 if d in inputs else n for d, n in enumerate(weight.shape)] + [rank]
+        if not 1 <= r <= min(size_in, size_out):
+            raise UsageError(f"`rank` must lie in [1, {min(size_in, size_out)}] for `{name}`; got {r}")
+        a_shape = [n if d in inputs else 1 for d, n in enumerate(weight.shape)] + [r]
+        b_shape = [1 if d in inputs else n for d, n in enumerate(weight.shape)] + [r]
         dtype = tree.wide_dtype(weight.dtype)
         a = jax.random.normal(jax.random.fold_in(key, i), a_shape, dtype) * size_in**-0.5
-        patch[name] = LowRank(a, jnp.zeros(b_shape, dtype), scale=alpha / rank)
+        scale = alphas[name] / (math.sqrt(r) if rslora else r)
+        patch[name] = LowRank(a, jnp.zeros(b_shape, dtype), scale=scale)
     return patch
+
+
+def _by_name(what: str, value: Any, chosen: Collection[str]) -> dict[str, Any]:
+    """Return each target's own value, of one for all or of one for each regex."""
+    if not isinstance(value, Mapping):
+        return dict.fromkeys(chosen, value)
+    found = tree.match(list(value.items()), chosen)
+    if missing := [n for n in chosen if n not in found]:
+        raise UsageError(f'no regex of `{what}` matches the target `{missing[0]}`; add `""` for the others')
+    return found
 
 
 def _rules(targets, leaf_names: list[str]) -> dict[str, int | Sequence[int]]:

@@ -181,12 +181,10 @@ def _form(name: str, kind: Any) -> tuple:
         return LowRank, tuple(kind.a.shape[:-1]), tuple(kind.b.shape[:-1])
     if isinstance(kind, Dense) and kind.values.ndim < 2:
         return Dense, tuple(kind.values.shape)
-    what = (
-        f"{type(kind).__name__} {tree.describe(kind.values)}" if hasattr(kind, "values") else str(type(kind))
-    )
     raise UsageError(
-        f"scales, low-rank products and replaced vectors can be stacked; `{name}` is changed by {what}, for "
-        "which every example would need a weight of its own: run this patch in a batch by itself"
+        f"scales, low-rank products and replaced vectors can be stacked; `{name}` is changed by "
+        f"{type(kind).__name__}, for which every example would need a weight of its own: run this patch in a "
+        "batch by itself"
     )
 
 

@@ -52,7 +52,8 @@ def make_step(
     Args:
       loss_fn: the loss of ONE example, nats; a step descends its mean over the batch.
       optimizer: any optax transformation.
-      apply: what a patch means.
+      apply: what a patch means; `patches.unfold`, with `leaves.interpret(loss_fn)`, trains scales and
+        low-rank products without forming a patched weight or a gradient of its size.
       over: axes of the mesh over which the examples are spread; they join the constraints in `loss_fn`
         (`mesh.constrain`).
 
