@@ -155,14 +155,14 @@ class Params:
         return self.made[used[-1]]
 
 
-def program(operations, share):
-    """Return a loss over a sequence of operations, and its parameters."""
+def program(operations, share, read=lambda h: jnp.sum(jnp.sin(h)) + jnp.sum(h[0]) ** 2):
+    """Return a loss (or what `read` makes) of a sequence of operations, and its parameters."""
 
     def run(params, example):
         h = jnp.asarray(example["h"])
         for name in operations:
             h = h / 2 + OPERATIONS[name](h, example["ids"], params)
-        return jnp.sum(jnp.sin(h)) + jnp.sum(h[0]) ** 2
+        return read(h)
 
     def loss(params, example):
         return run(Params(share, params), example)
@@ -177,13 +177,13 @@ def batch():
     return {"h": rng.normal(size=(B, T, D)), "ids": rng.integers(0, 6, (B, T)).astype(np.int32)}
 
 
-def compare(loss, params, batch, tolerance=1e-10, chunk_size=3):
+def compare(fn, params, batch, tolerance=1e-10, chunk_size=3, estimator=fisher.empirical):
     """Assert 1e-10 relative error in each parameter; single precision inside a program allows for more."""
     total = {}
     for method, chunk in (("reference", 1), ("one_pass", chunk_size)):
-        estimator = fisher.empirical(loss, method=method, chunk_size=chunk)
-        update = jax.jit(estimator.update, compiler_options=QUICK)
-        total[method] = update(estimator.init(params), params, batch).total
+        made = estimator(fn, method=method, chunk_size=chunk)
+        update = jax.jit(made.update, compiler_options=QUICK)
+        total[method] = update(made.init(params), params, batch).total
     want, got = tree.flatten(total["reference"]), tree.flatten(total["one_pass"])
     for name, f in want.items():
         assert got[name].dtype == f.dtype and bool(jnp.all(got[name] >= 0)), name
@@ -244,6 +244,19 @@ def test_shared_parameters(x64, limits, operations):
     limits()
     loss, params = program(operations, share=[True] * 9)
     compare(loss, params, batch())
+
+
+@pytest.mark.parametrize("at_once", [1, 2, 8])
+@pytest.mark.parametrize(
+    "operations",
+    [["embed_tied", "dense", "scan_constant"], ["cond", "conv", "scan"], ["attend", "untouched"]],
+)
+def test_rows_go_backward_together(x64, limits, monkeypatch, operations, at_once):
+    """Three rows in one, two (one of them half empty) and three backward passes."""
+    limits()
+    monkeypatch.setattr(_one_pass, "MOST_ROWS_AT_ONCE", at_once)
+    run, params = program(operations, share=[True, False] * 4, read=lambda h: jnp.sin(h).mean(0)[:4])
+    compare(run, params, batch(), estimator=fisher.exact)
 
 
 ROOM = st.sampled_from([(2**22, 0, 2**16), (2**22, 2**14, 1), (8, 0, 40), (8, 2**14, 2**16)])
@@ -337,6 +350,8 @@ def test_half_precision_squares_in_float32():
     want, got = (tree.flatten(fisher.estimate(e, params, [batch])) for e in estimators)
     for name in want:
         assert got[name].dtype == jnp.float32
+        if name.endswith("k_bias"):  # a softmax is blind to it: its Fisher is 0, and the rest is rounding
+            continue
         scale = float(jnp.linalg.norm(want[name]))
         assert float(jnp.linalg.norm(got[name] - want[name])) <= 0.05 * scale + 1e-12, name
 
@@ -420,14 +435,3 @@ def test_memory_bounds_the_micro_batch_and_does_not_grow_with_examples():
     assert small < temporary(many) / 4
     held = sum(x.nbytes for x in jax.tree.leaves(params))
     assert small <= 2 * held + 2**21
-
-
-def test_a_sharded_batch_gives_the_same_numbers():
-    logits, params, batch = encoder(layers=1)
-    batch = jax.tree.map(lambda x: np.concatenate([x, x[:2]]), batch)
-    mesh = jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
-    placed = jax.device_put(batch, jax.NamedSharding(mesh, jax.P("data")))
-    estimator = fisher.exact(logits, method="one_pass", chunk_size=4)
-    want, got = fisher.estimate(estimator, params, [batch]), fisher.estimate(estimator, params, [placed])
-    for x, y in zip(jax.tree.leaves(want), jax.tree.leaves(got), strict=True):
-        np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-6 * float(jnp.abs(x).max()))

@@ -5,13 +5,14 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding
 
 from fishjax import progress, tree
 from fishjax.errors import UsageError
-from fishjax.fisher import _auto, _one_pass, _reference, _scores
+from fishjax.fisher import _auto, _one_pass, _reference, _scores, _sharded
 from fishjax.types import Array, Batch, Fisher, LogitsFn, LossFn, Params, TokenMask
 
-_SQUARES = {"one_pass": _one_pass.squares, "reference": _reference.squares}
+_ADD = {"one_pass": _one_pass.add_squares, "reference": _reference.add_squares}
 METHODS = ("auto", "one_pass", "reference")
 
 
@@ -27,7 +28,10 @@ class FisherEstimator(NamedTuple):
     """A way to estimate a Fisher: three functions."""
 
     init: Callable[[Params], FisherState]
-    update: Callable[..., FisherState]  # (state, params, batch, key=None), jit-able; donate the state
+    # (state, params, batch, key=None, *, sharding=None), jit-able; donate the state. Where the leading
+    # axis of a batch is sharded, each device does its own examples; `jit` hides that: give it `sharding`
+    # by `jax.jit(functools.partial(update, sharding=batch["x"].sharding), donate_argnums=0)`.
+    update: Callable[..., FisherState]
     finalize: Callable[[FisherState], Fisher]  # the mean over examples
 
 
@@ -143,7 +147,8 @@ def estimate(
 
     Args:
       params: a pytree of floating-point leaves `[*p]`.
-      batches: an iterable of batches, each a pytree of arrays `[B, ...]`; B may differ between them.
+      batches: an iterable of batches, each a pytree of arrays `[B, ...]`; B may differ between them. Where
+        their leading axis has a `NamedSharding`, each device does its own examples.
       key: a random key, for estimators that draw labels.
 
     Returns:
@@ -155,11 +160,11 @@ def estimate(
     """
     if isinstance(batches, Mapping) or hasattr(batches, "shape"):
         raise UsageError("`batches` must be an iterable of batches; got one batch: pass `[batch]`")
-    update = jax.jit(estimator.update, donate_argnums=0)
+    update = jax.jit(estimator.update, donate_argnums=0, static_argnames="sharding")
     state = estimator.init(params)
     checked = False
     for batch in progress.track(batches, description="Fisher"):
-        state = update(state, params, batch, key)
+        state = update(state, params, batch, key, sharding=_sharded.sharding_of(batch))
         if not checked or state.silent > 0:  # what is wrong at once should not cost an hour
             estimator.finalize(state)
             checked = True
@@ -174,33 +179,48 @@ def _estimator(scores, method, chunk_size, memory, needs_key=False) -> FisherEst
         if value is not None:
             _check_positive(name, value)
 
-    def update(state: FisherState, params: Params, batch: Batch, key: Array | None = None) -> FisherState:
+    def add(place, batch, total, params, seen, key):
+        """Add a batch, or part number `place` of one, to a sum; return also how many were silent."""
+        size = batch_size(batch)
+        example = jax.tree.map(_first, batch)
+        choice = _auto.choose(scores, params, example, method, chunk_size, memory)
+        add_squares = _ADD[choice.method]
+        chunks, each = _one_pass.split(size, choice.chunk_size)  # fewer examples pad than there are chunks
+        number = jnp.arange(chunks * each, dtype=jnp.int32).reshape(chunks, each)
+        first = seen + size * place
+
+        def step(carry, number):
+            total, silent = carry
+            index, real = jnp.minimum(number, size - 1), number < size
+            part = jax.tree.map(lambda x: jnp.asarray(x)[index], batch)
+            keys = None if key is None else jax.vmap(lambda i: jax.random.fold_in(key, i))(first + index)
+            total = add_squares(scores, params, total, part, keys, real)
+            new = jax.vmap(scores.is_silent)(part) & real
+            return (total, silent + new.sum(dtype=jnp.int32)), None
+
+        return jax.lax.scan(step, (total, jnp.int32(0)), number)[0]
+
+    def update(
+        state: FisherState,
+        params: Params,
+        batch: Batch,
+        key: Array | None = None,
+        *,
+        sharding: NamedSharding | None = None,
+    ) -> FisherState:
         check_params(params)
         if needs_key and key is None:
             raise UsageError("this estimator draws labels: pass `key=jax.random.key(seed)`")
         size = batch_size(batch)
-        example = jax.tree.map(_first, batch)
-        scores.check(jax.eval_shape(scores.output, params, example))
-        choice = _auto.choose(scores, params, example, method, chunk_size, memory)
-        squares = _SQUARES[choice.method]
-        # As many chunks as needed, all of one size: fewer examples pad than there are chunks.
-        chunks = -(-size // choice.chunk_size)
-        each = -(-size // chunks)
-        place = jnp.arange(chunks * each, dtype=jnp.int32).reshape(chunks, each)
-
-        def step(carry, place):
-            index, weights = jnp.minimum(place, size - 1), place < size
-            part = jax.tree.map(lambda x: jnp.asarray(x)[index], batch)
-            keys = (
-                None if key is None else jax.vmap(lambda i: jax.random.fold_in(key, i))(state.count + index)
-            )
-            total, silent = carry
-            more = squares(scores, params, part, keys, weights)
-            new = jax.vmap(scores.is_silent)(part) & weights
-            return (jax.tree.map(jnp.add, total, more), silent + new.sum(dtype=jnp.int32)), None
-
-        (total, silent), _ = jax.lax.scan(step, (state.total, state.silent), place)
-        return FisherState(total, state.count + jnp.int32(size), silent)
+        scores.check(jax.eval_shape(scores.output, params, jax.tree.map(_first, batch)))
+        sharding = sharding or _sharded.sharding_of(batch)
+        if sharding is None:
+            total, silent = add(0, batch, state.total, params, state.count, key)
+        else:
+            zero = jax.tree.map(jnp.zeros_like, state.total)
+            more, silent = _sharded.on_each(add, sharding)(batch, zero, params, state.count, key)
+            total = jax.tree.map(jnp.add, state.total, more)
+        return FisherState(total, state.count + jnp.int32(size), state.silent + silent)
 
     return FisherEstimator(init, update, finalize)
 

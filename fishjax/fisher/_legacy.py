@@ -58,7 +58,7 @@ def legacy_argmax(logits_fn: LogitsFn) -> FisherEstimator:
 def _of_batches(
     logits_fn: LogitsFn, loss: Callable[[Array], Array], count: Callable[[int], int]
 ) -> FisherEstimator:
-    def update(state, params, batch, key=None):
+    def update(state, params, batch, key=None, *, sharding=None):  # one gradient: `jit` divides the work
         size = batch_size(batch)
         gradient = jax.grad(lambda p: loss(jax.vmap(logits_fn, (None, 0))(p, batch)))(params)
         total = jax.tree.map(lambda t, g: t + square(g), state.total, gradient)

@@ -28,6 +28,9 @@ FEW = 2**14
 
 BILINEAR = ("dot_general", "conv_general_dilated", "rows")
 MOST_ROWS = 2**24  # a row's number must be exact in float32
+# Rows of cotangents (classes, draws) that go backward together: they share every weight and every saved
+# activation that is read.
+MOST_ROWS_AT_ONCE = 4
 
 
 class Way(NamedTuple):
@@ -79,53 +82,79 @@ def _say(use: Use) -> str:
     return f"{use.how}{where}{' (constant)' if use.repeated else ''}"
 
 
-def squares(scores: Scores, params: Params, batch: Batch, keys: Array | None, counts: Array) -> Fisher:
-    """Return sum_i sum_k (J_i^T s_ik)^2 over one micro-batch, like `params`: as `_reference.squares`."""
+def add_squares(
+    scores: Scores, params: Params, total: Fisher, batch: Batch, keys: Array | None, counts: Array
+) -> Fisher:
+    """Return `total + sum_i sum_k (J_i^T s_ik)^2` over one micro-batch: as `_reference.add_squares`."""
     size = counts.shape[0]
-    flat = tree.flatten(params)
+    flat, before = tree.flatten(params), tree.flatten(total)
     example = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), batch)
     closed, ways = plan(scores.output, params, example)
-    sinks = {
-        w.name: jnp.zeros(flat[w.name].shape, tree.wide_dtype(flat[w.name].dtype))
-        for w in ways
-        if w.how in ("in place", "copies")
-    }
+    tapped = [w.name for w in ways if w.how in ("in place", "copies")]
     channels = {w.name: {u.equation.path: _channel(u, size) for u in w.uses} for w in ways if w.how == "hub"}
+    rows = jax.eval_shape(scores.output, params, example).shape
+    groups, each = split(scores.rows(rows), MOST_ROWS_AT_ONCE)
+    # Squares that arise at one place are added to the total there: one buffer less, and one pass over it.
+    started = {w.name for w in ways if groups == 1 and w.name in tapped and _is_whole(w)}
+    sinks = {n: before[n] if n in started else jnp.zeros_like(before[n]) for n in tapped}
 
-    def outputs(sinks, channels):
+    def outputs(sinks, reached, channels):
         def one(example, channels, number):
-            leaves = [_leaf(way, flat[way.name], sinks, channels, number) for way in ways]
+            leaves = [_leaf(way, flat[way.name], sinks, reached, channels, number) for way in ways]
             (out,) = evaluate(closed.jaxpr, closed.consts, [*leaves, *jax.tree.leaves(example)])
             return out.materialise() if hasattr(out, "materialise") else out
 
         return jax.vmap(one)(batch, channels, jnp.zeros(size))
 
-    out, pull = jax.vjp(outputs, sinks, channels)
+    out, pull = jax.vjp(outputs, sinks, dict.fromkeys(tapped, jnp.zeros(())), channels)
 
-    def row(k):
+    def row(k, counts):
         s = jax.vmap(lambda *args: scores.row(*args, k))(out, batch, keys)
         s = jnp.where(counts.reshape(-1, *[1] * (s.ndim - 1)), s, 0).astype(out.dtype)
-        found, handed = pull(s)
+        found, reached, handed = pull(s)
         for way in ways:
             if way.how == "hub":
                 found[way.name] = _of_hub(flat[way.name], way.uses, handed[way.name])
-        return found
+        return jax.tree.map(_squares.sum_rows, (found, reached))
 
-    total = _reference.sum_rows(row, scores.rows(out.shape[1:]))
+    def group(total, start):
+        if each == 1:
+            found, reached = row(start, counts)
+        else:
+            k = start + jnp.arange(each)
+            real = counts[None] & (k < scores.rows(rows))[:, None]
+            found, reached = jax.vmap(row, out_axes=None)(k, real)
+        return {
+            n: jnp.where(reached[n] > 0, 0, total[n]) + f if n in started else total[n] + f
+            for n, f in found.items()
+        }
+
+    into = {w.name: before[w.name] for w in ways if w.how != "reference"}
+    if groups == 1:
+        into = group(into, 0)
+    else:  # scanned, not unrolled
+        into = jax.lax.scan(lambda t, k: (group(t, k), None), into, each * jnp.arange(groups))[0]
     rest = {w.name: flat[w.name] for w in ways if w.how == "reference"}
     if rest:
-        total |= _one_by_one(scores, params, rest, batch, keys, counts)
-    return tree.rebuild(params, total)
+        into |= _one_by_one(scores, params, rest, before, batch, keys, counts)
+    return tree.rebuild(params, into)
 
 
-def _leaf(way: Way, weight: Array, sinks, channels, number) -> Any:
-    if way.how == "in place":
-        return Tap(weight, sinks[way.name], number)
+def _is_whole(way: Way) -> bool:
+    """Whether a leaf's squares arise at one place, all of them, in no scan."""
     if way.how == "copies":
-        return Tap(weight, sinks[way.name], number).materialise()
+        return True
+    whole = tuple((0, n) for n in way.shape)
+    return len(way.uses) == 1 and way.uses[0].box == whole and not way.uses[0].lengths
+
+
+def _leaf(way: Way, weight: Array, sinks, reached, channels, number) -> Any:
     if way.how == "hub":
         return Hub(weight, channels[way.name])
-    return weight
+    if way.how == "reference":
+        return weight
+    tap = Tap(weight, sinks[way.name], reached[way.name], number)
+    return tap.materialise() if way.how == "copies" else tap
 
 
 def _channel(use: Use, size: int) -> Any:
@@ -140,6 +169,7 @@ def _channel(use: Use, size: int) -> Any:
 
 def _of_hub(w: Array, uses: list[Use], handed: Any) -> Array:
     """Return the sum over examples of the square of the sum over uses."""
+    zero = jnp.zeros(w.shape, tree.wide_dtype(w.dtype))
     size = jax.tree.leaves(handed)[0].shape[0]
     handed = {
         u.equation.path: (
@@ -155,9 +185,7 @@ def _of_hub(w: Array, uses: list[Use], handed: Any) -> Array:
             ids.append(index.reshape(size, -1).astype(jnp.int32))
             g.append(rows.reshape(size, ids[-1].shape[1], -1))
         if _squares.rows_pay(sum(x.shape[1] for x in ids), w.shape[0]):
-            return _squares.row_squares(
-                w.shape, tree.wide_dtype(w.dtype), jnp.concatenate(ids, 1), jnp.concatenate(g, 1)
-            )
+            return _squares.add_row_squares(zero, jnp.concatenate(ids, 1), jnp.concatenate(g, 1))
 
     def gradient_squared(handed):
         def outputs(w):
@@ -166,7 +194,7 @@ def _of_hub(w: Array, uses: list[Use], handed: Any) -> Array:
         _, pull = jax.vjp(outputs, w)
         return _squares.square(pull([handed[u.equation.path][1] for u in uses])[0])
 
-    return _squares.sum_over_examples(gradient_squared, (0,), size, w.size)(handed)
+    return _squares.add_over_examples(gradient_squared, (0,), size, w.size)(zero, handed)
 
 
 def _replay(use: Use, w: Array, xs: list[Array]) -> list[Array]:
@@ -189,14 +217,18 @@ def _others(use: Use) -> list[Any]:
     return [v for v in found if v is not use.variable]
 
 
-def _one_by_one(scores, params, rest, batch, keys, counts) -> dict[str, Array]:
-    """Return the squares of a few leaves the reference way, one example at a time."""
+def _one_by_one(scores, params, rest, total, batch, keys, counts) -> dict[str, Array]:
+    """Add the squares of a few leaves the reference way, one example at a time."""
     flat = tree.flatten(params)
     part = scores._replace(output=lambda rest, x: scores.output(tree.rebuild(params, {**flat, **rest}), x))
 
     def step(total, one):
-        more = _reference.squares(part, rest, *jax.tree.map(lambda x: x[None], one))
-        return jax.tree.map(jnp.add, total, more), None
+        return _reference.add_squares(part, rest, total, *jax.tree.map(lambda x: x[None], one)), None
 
-    zero = {n: jnp.zeros(w.shape, tree.wide_dtype(w.dtype)) for n, w in rest.items()}
-    return jax.lax.scan(step, zero, (batch, keys, counts))[0]
+    return jax.lax.scan(step, {n: total[n] for n in rest}, (batch, keys, counts))[0]
+
+
+def split(count: int, most: int) -> tuple[int, int]:
+    """Return how many parts of at most `most`, all of one size, hold `count`; and that size."""
+    parts = -(-count // most)
+    return parts, -(-count // parts)

@@ -8,10 +8,13 @@ from fishjax.fisher._squares import square
 from fishjax.types import Array, Batch, Fisher, Params
 
 
-def squares(scores: Scores, params: Params, batch: Batch, keys: Array | None, counts: Array) -> Fisher:
-    """Return sum_i sum_k (J_i^T s_ik)^2 over one micro-batch, like `params`.
+def add_squares(
+    scores: Scores, params: Params, total: Fisher, batch: Batch, keys: Array | None, counts: Array
+) -> Fisher:
+    """Return `total + sum_i sum_k (J_i^T s_ik)^2` over one micro-batch.
 
     Args:
+      total: like `params`, in max(float32, dtype).
       keys: one key an example, or None where the scores draw nothing.
       counts: bool `[B]`, False for an example that only pads the micro-batch.
     """
@@ -26,7 +29,7 @@ def squares(scores: Scores, params: Params, batch: Batch, keys: Array | None, co
 
         return sum_rows(row, scores.rows(out.shape))
 
-    return jax.tree.map(lambda x: x.sum(0), jax.vmap(one)(batch, keys, counts))
+    return jax.tree.map(lambda t, x: t + x.sum(0), total, jax.vmap(one)(batch, keys, counts))
 
 
 def sum_rows(row, count: int):

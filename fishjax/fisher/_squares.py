@@ -1,11 +1,13 @@
-"""sum_i g_i^2, where g_i is example i's gradient of a weight through one use of it."""
+"""sum_i g_i^2, where g_i is example i's gradient of a weight through one use, added to a total."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.custom_batching import custom_vmap
 
 from fishjax import tree
 from fishjax.leaves import Equation, is_row_take, shape_of
@@ -18,27 +20,67 @@ HELD = {"cpu": 2**16}
 HELD_ELSEWHERE = 2**26
 
 
-def sum_squares(equation: Equation, at: Any, op: Callable, dtype: Any, w: Array, xs, axes, g) -> Array:
-    """Return sum_i (J_i^T g_i)^2 in `dtype`, `[*p]`; J_i is of `w -> op(w, *xs_i)`.
+def over_rows(equation: Equation, at: Any, op: Callable, axes: tuple[int | None, ...]) -> Callable:
+    """Return `(start, w, g, *xs) -> start + sum_i (J_i^T g_i)^2`, g having a leading axis of examples.
+
+    Under a `vmap` over rows of g the result is the sum over the rows too, and has no mapped axis.
+    """
+
+    @custom_vmap
+    def add(start, w, g, *xs):
+        return add_squares(equation, at, op, start, w, xs, axes, [x[:, None] for x in g])
+
+    @add.def_vmap
+    def _(size, batched, start, w, g, *xs):
+        if any(jax.tree.leaves([batched[:2], batched[3:]])):
+            raise AssertionError("the forward pass is the same for all rows; please report this as a bug")
+        rows = [x if b else jnp.broadcast_to(x, (size, *x.shape)) for x, b in zip(g, batched[2])]
+        return add_squares(equation, at, op, start, w, xs, axes, [jnp.moveaxis(x, 0, 1) for x in rows]), False
+
+    return add
+
+
+def sum_rows(x: Array) -> Array:
+    """Return x; under a `vmap` over rows its sum over them, without a mapped axis."""
+
+    @custom_vmap
+    def total(x):
+        return x
+
+    @total.def_vmap
+    def _(size, batched, x):
+        return (x.sum(0) if batched[0] else x), False
+
+    return total(x)
+
+
+def add_squares(equation: Equation, at: Any, op: Callable, start: Array, w: Array, xs, axes, g) -> Array:
+    """Return `start + sum_i sum_k (J_i^T g_ik)^2`; J_i is of `w -> op(w, *xs_i)`.
 
     Args:
       equation: the equation that `op` carries out; None if `op` is the identity.
       at: the variable of the equation that stands for `w`.
+      start: `[*p]`, in the dtype of the squares.
       w: `[*p]`.
       xs: the other operands, with a leading axis of examples where `axes` is 0 (else None).
-      g: cotangents of the outputs, `[B, ...]`.
+      g: cotangents of the outputs, `[B, K, ...]`: K rows an example.
     """
-    size = jax.tree.leaves(g)[0].shape[0]
+    size, rows = jax.tree.leaves(g)[0].shape[:2]
     if equation is not None and is_row_take(equation) and equation.eqn.invars[0] is at and xs:
         ids = (jnp.broadcast_to(xs[0], (size, *xs[0].shape)) if axes[0] is None else xs[0]).reshape(size, -1)
         if rows_pay(ids.shape[1], w.shape[0]):
-            ids = row_ids(ids, w.shape[0], equation.params["mode"])
-            return row_squares(w.shape, dtype, ids, g[0].reshape(*ids.shape, -1))
+            ids = jnp.repeat(row_ids(ids, w.shape[0], equation.params["mode"]), rows, axis=0)
+            return add_row_squares(start, ids, g[0].reshape(*ids.shape, -1))
     if equation is not None and is_one_product(equation, at):
-        return _square_inputs(equation, at, dtype, w, xs, axes, g)
+        return start + _square_inputs(equation, at, start.dtype, w, xs, axes, g)
 
-    one = of_one(op, dtype)
-    return sum_over_examples(lambda g, *xs: one(w, g, *xs), (0, *axes), size, w.size)(g, *xs)
+    one = of_one(op, start.dtype)
+
+    def of_rows(g, *xs):
+        each = [one(w, [x[k] for x in g], *xs) for k in range(rows)]  # few: `MOST_ROWS_AT_ONCE`
+        return functools.reduce(jnp.add, each)
+
+    return add_over_examples(of_rows, (0, *axes), size, rows * w.size)(start, g, *xs)
 
 
 def of_one(op: Callable, dtype: Any) -> Callable:
@@ -56,19 +98,19 @@ def square(gradient: Array) -> Array:
     return jnp.square(gradient.astype(tree.wide_dtype(gradient.dtype)))
 
 
-def sum_over_examples(fn: Callable, axes: tuple[int | None, ...], size: int, each: int) -> Callable:
-    """Return `sum_i fn(i-th of the arguments)`, as many at once as memory and the device make sense.
+def add_over_examples(fn: Callable, axes: tuple[int | None, ...], size: int, each: int) -> Callable:
+    """Return `(start, *args) -> start + sum_i fn(i-th of args)`, as many at once as makes sense.
 
     Args:
       axes: 0 for arguments with a leading axis of `size` examples, None for the others.
-      each: how many numbers one result holds.
+      each: how many numbers are held for one example.
     """
     most = max(1, HELD.get(jax.default_backend(), HELD_ELSEWHERE) // each)
     group = next(n for n in range(min(size, most), 0, -1) if size % n == 0)
 
-    def total(*args):
+    def total(start, *args):
         if group == size:
-            return jax.vmap(fn, axes)(*args).sum(0)
+            return start + jax.vmap(fn, axes)(*args).sum(0)
         cut = [
             jax.tree.map(lambda y: y.reshape(-1, group, *y.shape[1:]), x) if a == 0 else None
             for x, a in zip(args, axes)
@@ -81,9 +123,7 @@ def sum_over_examples(fn: Callable, axes: tuple[int | None, ...], size: int, eac
                 return carry + fn(*first), None
             return carry + jax.vmap(fn, axes)(*part).sum(0), None
 
-        one = [x if a is None else jax.tree.map(lambda y: y[0], x) for x, a in zip(args, axes)]
-        like = jax.eval_shape(fn, *one)
-        return lax.scan(step, jnp.zeros(like.shape, like.dtype), cut)[0]
+        return lax.scan(step, start, cut)[0]
 
     return total
 
@@ -117,7 +157,7 @@ def _square_inputs(equation, at, dtype, w, xs, axes, g):
     _, pull = jax.vjp(
         lambda w: jax.vmap(product, (None, axis), axis_size=size)(w, squared(x)), w.astype(dtype)
     )
-    return pull(squared(g[0]))[0]
+    return pull(squared(g[0]).sum(1))[0]
 
 
 def rows_pay(lookups: int, num_rows: int) -> bool:
@@ -134,18 +174,17 @@ def row_ids(ids: Array, num_rows: int, mode: Any) -> Array:
     return ids.astype(jnp.int32)
 
 
-def row_squares(shape: tuple[int, ...], dtype: Any, ids: Array, g: Array) -> Array:
-    """Return the summed squares of looked-up rows; a row that one example takes twice adds up first.
+def add_row_squares(start: Array, ids: Array, g: Array) -> Array:
+    """Add the squares of looked-up rows; a row that one example takes twice adds up first.
 
     Args:
-      shape: of the table, `[V, *rest]`.
-      dtype: of the squares.
+      start: `[V, *rest]`, in the dtype of the squares.
       ids: int `[B, N]`, as from `row_ids`.
       g: cotangents of the rows, `[B, N, rest]`.
     """
     same = ids[:, :, None] == ids[:, None, :]
-    rows = jnp.einsum("bnm,bmd->bnd", same.astype(dtype), g.astype(dtype), precision="highest")
+    rows = jnp.einsum("bnm,bmd->bnd", same.astype(start.dtype), g.astype(start.dtype), precision="highest")
     is_first = ~jnp.any(same & jnp.tri(ids.shape[1], k=-1, dtype=bool)[None], axis=2)
     squares = jnp.where(is_first[:, :, None], jnp.square(rows), 0).reshape(-1, rows.shape[-1])
-    zero = jnp.zeros((shape[0], rows.shape[-1]), dtype)
-    return zero.at[ids.reshape(-1)].add(squares, mode="drop").reshape(shape)
+    table = start.reshape(start.shape[0], rows.shape[-1])
+    return table.at[ids.reshape(-1)].add(squares, mode="drop").reshape(start.shape)

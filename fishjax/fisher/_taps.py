@@ -24,7 +24,8 @@ class Tap:
     """A weight of which no entry is used twice."""
 
     w: Array  # [*p]
-    sink: Array  # [*p], zeros in max(float32, dtype); its cotangent is the squares
+    sink: Array  # [*p], in max(float32, dtype): where the sum starts; its cotangent is it and the squares
+    reached: Array  # []; its cotangent is 1 where that of the sink holds its start
     example: Array  # [], batched: so that every use is, even of what does not depend on the example
 
     @property
@@ -43,7 +44,8 @@ class Tap:
 
     def stacked(self, length: int) -> "Tap":
         """Prepare for a scan over the weight's leading axis."""
-        return dataclasses.replace(self, example=jnp.broadcast_to(self.example, (length,)))
+        lead = lambda x: jnp.broadcast_to(x, (length,))
+        return dataclasses.replace(self, reached=lead(self.reached), example=lead(self.example))
 
     def meet(self, equation: Equation, values: dict, variable: Any) -> list[Any]:
         """Follow what only moves entries; use the weight in anything else."""
@@ -63,37 +65,36 @@ class Tap:
 
     def _use(self, equation, variable, op, xs):
         @custom_vmap
-        def use(example, w, sink, *xs):
+        def use(example, w, sink, reached, *xs):
             return op(w, *xs)
 
         @use.def_vmap
-        def _(size, batched, example, w, sink, *xs):
-            axes = tuple(0 if b else None for b in batched[3:])
+        def _(size, batched, example, w, sink, reached, *xs):
+            axes = tuple(0 if b else None for b in batched[4:])
             many = jax.vmap(op, (0 if batched[1] else None, *axes), axis_size=size)
-            smooth = lambda w, *xs: floats(op(w, *xs))
 
             @jax.custom_vjp
-            def squared(w, sink, *xs):
+            def squared(w, sink, reached, *xs):
                 return many(w, *xs)
 
             def backward(saved, g):
-                w, xs = saved
+                w, sink, xs = saved
                 _, pull = jax.vjp(lambda *xs: many(w, *xs), *xs)
                 dxs, g = pull(g), floats(g)
                 if batched[2]:  # a batched `cond` has become a select, which copies its operands
-                    one = jax.vmap(_squares.of_one(smooth, sink.dtype), (0 if batched[1] else None, 0, *axes))
-                    return None, one(w, g, *xs), *dxs
-                return (
-                    None,
-                    _squares.sum_squares(equation, variable, smooth, sink.dtype, w, xs, axes, g),
-                    *dxs,
-                )
+                    one = _squares.of_one(smooth, sink.dtype)
+                    each = jax.vmap(one, (0 if batched[1] else None, 0, *axes))
+                    return None, each(w, g, *xs), jnp.zeros(reached_shape), *dxs
+                add = _squares.over_rows(equation, variable, smooth, axes)
+                return None, add(sink, w, g, *xs), jnp.ones(()), *dxs
 
-            squared.defvjp(lambda w, sink, *xs: (many(w, *xs), (w, xs)), backward)
-            out = squared(w, sink, *xs)
+            smooth = lambda w, *xs: floats(op(w, *xs))
+            reached_shape = reached.shape
+            squared.defvjp(lambda w, sink, reached, *xs: (many(w, *xs), (w, sink, xs)), backward)
+            out = squared(w, sink, reached, *xs)
             return out, jax.tree.map(lambda _: True, out)
 
-        return use(self.example, self.w, self.sink, *xs)
+        return use(self.example, self.w, self.sink, self.reached, *xs)
 
 
 Channel = tuple[tuple[Array, ...], tuple[Array, ...]]  # zeros like a use's other operands and its outputs
