@@ -124,6 +124,37 @@ def merge_sweep(
     return _written(path)
 
 
+def curves(
+    xs: Sequence[float],
+    lines: Mapping[str, Sequence[float]],
+    path: str | Path,
+    *,
+    labels: tuple[str, str],
+    title: str,
+    log: bool = False,
+) -> list[Path]:
+    """Draw several lines over one axis.
+
+    Args:
+      xs: `[n]`.
+      lines: `{name: values [n]}`.
+      path: where to, without an ending.
+      labels: of the axes.
+      log: whether the first axis is logarithmic.
+    """
+    with _figure(path, (6.5, 4)) as (_, axes):
+        for name, values in lines.items():
+            axes.plot(xs, values, marker="o", markersize=3.5, label=name)
+        if log:
+            axes.set_xscale("log")
+        axes.set_xlabel(labels[0])
+        axes.set_ylabel(labels[1])
+        axes.set_title(title)
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=8)
+    return _written(path)
+
+
 def accuracies(table: Mapping[str, Mapping[str, float]], path: str | Path) -> list[Path]:
     """Draw accuracies as grouped bars: a group for each model, a bar for each world.
 
