@@ -154,6 +154,7 @@ def fit(
     loss: Callable[[models.Model], LossFn] = models.example_loss,
     optimizer: Callable[[float, int], optax.GradientTransformation] = adam,
     remat: bool = False,
+    refresh: tuple[Callable[[Params], Mask], int] | None = None,
 ) -> Patch:
     """Train a patch.
 
@@ -165,19 +166,24 @@ def fit(
       loss: of a model; `train.tfew_loss` where examples have choices.
       optimizer: of the highest learning rate and the number of steps; `train.adafactor` is T-Few's.
       remat: compute each block again in the backward pass, which saves memory (`models.remat`).
+      refresh: what chooses another mask of the weights, and the steps after which it does
+        (`train.fit_refreshed`); the patch then has all that was learnt.
     """
     rule, on = optimizer(learning_rate, steps), mesh.mesh_of(base)
-    batches = data.batches(rows, min(batch_size, data.examples(rows)), seed=seed, epochs=None)
-    state, _ = train.fit(
-        mesh.follow(train.init(patch, rule), base),
-        make_step(model, rule, on, loss=loss, remat=remat),
-        base,
-        (mesh.shard_batch(batch, on) for batch in batches),
-        steps=steps,
-        folder=folder,
-        description=description,
-    )
-    return train.patch_of(state)
+
+    def batches():
+        drawn = data.batches(rows, min(batch_size, data.examples(rows)), seed=seed, epochs=None)
+        return (mesh.shard_batch(batch, on) for batch in drawn)
+
+    place = lambda state: mesh.follow(state, base)
+    start, step = place(train.init(patch, rule)), make_step(model, rule, on, loss=loss, remat=remat)
+    options: dict[str, Any] = {"steps": steps, "folder": folder, "description": description}
+    if refresh is None:
+        return train.patch_of(train.fit(start, step, base, batches(), **options)[0])
+    choose, every = refresh
+    options |= {"refresh_every": every, "place": place}
+    state, params, _ = train.fit_refreshed(start, step, base, batches, choose, rule, **options)
+    return patches.diff(base, patches.apply(params, train.patch_of(state)))
 
 
 def make_step(
@@ -220,6 +226,7 @@ def run(
     on: Mesh | None = None,
     rules: Callable[[models.Model, Mesh], mesh.SpecRules] = mesh.rules,
     remat: bool = False,
+    refresh_every: int | None = None,
 ) -> Digest:
     """Make a patch for a model folder and write it: what `fishjax train` calls.
 
@@ -239,9 +246,11 @@ def run(
       loss, optimizer, remat: as of `fit`.
       on: a mesh (`mesh.make`) onto which the model is loaded and on which all else then happens.
       rules: `(model, mesh) -> rules` as of `mesh.shard`.
+      refresh_every: steps after which `make` chooses a new mask, of the weights as they are by then; what
+        was learnt stays, so the patch has the entries of all masks. None keeps the first.
 
     Raises:
-      UsageError: `out` exists, or an argument makes no sense.
+      UsageError: `out` exists; there is no mask to refresh; an argument makes no sense.
     """
     if Path(out).exists():
         raise UsageError(f"`{out}` exists; remove it or choose another name")
@@ -252,6 +261,9 @@ def run(
     batches = [mesh.shard_batch(b, on) for b in data.batches(some, min(batch_size, data.examples(some)))]
     made = make(jax.random.key(seed), base, loaded, batches)
     partial = Path(f"{out}.partial")
+    again = lambda params: make(jax.random.key(seed), params, loaded, batches).mask
+    if refresh_every is not None and made.mask is None:
+        raise UsageError("`refresh_every` is for ways that choose a mask; `make` made a patch without one")
     patch = fit(
         made.patch,
         base,
@@ -265,8 +277,10 @@ def run(
         loss=loss,
         optimizer=optimizer,
         remat=remat,
+        refresh=None if refresh_every is None else (again, refresh_every),
     )
     recipe = {**made.recipe, "seed": seed, "data": data_id, "steps": steps, "learning_rate": learning_rate}
+    recipe |= {} if refresh_every is None else {"refresh_every": refresh_every}
     digest = checkpoint.save_patch(out, patch, base=base, metadata={**(metadata or {}), "recipe": recipe})
     train.remove_state(partial)
     return digest

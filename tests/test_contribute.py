@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from fishjax import checkpoint, cli, contribute, models, patches, train
+from fishjax.errors import UsageError
 
 pytest.importorskip("tensorflow_datasets")
 STRONG = ("STEPS = 100", "contribute.fish.density = 0.05", "contribute.run.learning_rate = 0.03")
@@ -116,3 +117,21 @@ def test_wrong_configurations_are_one_line_and_exit_code_2(folder, capsys, bindi
     assert cli.main(["train", "--gin_file", "configs/train_fish.gin", *bindings(folder, binding)]) == 2
     said = capsys.readouterr().err.strip()
     assert message in said and "\n" not in said
+
+
+def test_a_mask_is_refreshed_on_a_schedule(folder):
+    more = ("STEPS = 9", "contribute.fish.density = 0.01", "contribute.run.refresh_every = 4")
+    assert cli.main(["train", "--gin_file", "configs/train_fish.gin", *bindings(folder, *more)]) == 0
+    patch, metadata = checkpoint.load_patch(folder / "p.safetensors")
+    _, base = models.load(folder / "model")
+    entries = sum(x.size for x in jax.tree.leaves(base))
+    kept = sum(k.values.size for k in patch.values())
+    assert round(0.01 * entries) < kept <= 3 * round(0.01 * entries)  # the union of three masks
+    assert metadata["recipe"]["refresh_every"] == 4 and not (folder / "p.safetensors.partial").exists()
+
+
+def test_only_a_mask_can_be_refreshed(folder):
+    options = {"model": str(folder / "model"), "data_from": "bundled_digits", "out": str(folder / "q")}
+    with pytest.raises(UsageError, match="made a patch without one"):
+        contribute.run(**options, make=contribute.full, steps=9, learning_rate=0.1, refresh_every=4)
+    assert not list(folder.glob("q*"))

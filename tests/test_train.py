@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 
-from fishjax import masks, patches, train
+from fishjax import checkpoint, masks, patches, train
 from fishjax.errors import FileFormatError, StructureError, UsageError
 from fishjax.train import _in_place
 
@@ -289,3 +289,36 @@ def test_a_step_in_place_copies_no_weight(monkeypatch):
     unordered = temporaries(train.make_in_place_step(loss, optimizer), (0, 1))
     print(f"in weights: {alone:.2f}, {unordered:.2f} if writes are not ordered after reads")
     assert alone < 4.5 and unordered > alone + 1.5  # the gradients of four; and copies
+
+
+def test_a_training_in_stages_goes_on_after_a_stop_to_the_same_bits(tmp_path, monkeypatch):
+    params, batches, loss = problem(jnp.bfloat16)
+    optimizer = optax.adam(1e-2)
+    step = train.make_step(loss, optimizer)
+    count = lambda p: int(jnp.abs(p["w"].astype(jnp.float32)).sum() * 1e4) % 4  # another mask each time
+    choose = lambda p: {
+        "w": (jnp.arange(12) % 4 == count(p)).reshape(4, 3),
+        "b": jnp.array([True, False, False]),
+    }
+    start = lambda: train.init(patches.init_sparse(params, choose(params)), optimizer)
+
+    def fit(folder, steps=20):
+        return train.fit_refreshed(
+            start(), step, params, lambda: iter(batches), choose, optimizer,
+            steps=steps, refresh_every=6, folder=folder, every=4,
+        )  # fmt: skip
+
+    state, base, losses = fit(None)
+    assert len(losses) == 20
+    fit(tmp_path / "a", steps=14)  # stops two steps after a refresh
+    with monkeypatch.context() as stop:  # and between the two files that a refresh writes
+        stop.setattr(checkpoint, "save_mask", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
+        with pytest.raises(KeyboardInterrupt):
+            fit(tmp_path / "a")
+    again, new_base, _ = fit(tmp_path / "a")
+    jax.tree.map(np.testing.assert_array_equal, (again, new_base), (state, base))
+    assert [p.name for p in (tmp_path / "a").iterdir()] == ["stage-3"]
+    whole = patches.apply(base, train.patch_of(state))
+    jax.tree.map(same_bits, patches.apply(params, patches.diff(params, whole)), whole)
+    with pytest.raises(UsageError, match="`refresh_every` must be at least 1"):
+        train.fit_refreshed(start(), step, params, list, choose, optimizer, steps=1, refresh_every=0)

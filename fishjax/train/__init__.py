@@ -19,6 +19,7 @@ from fishjax.train._losses import (
 )
 from fishjax.train._rank import Spread, rank_classify, spread
 from fishjax.train._refresh import refresh
+from fishjax.train._stages import fit_refreshed
 from fishjax.train._state import remove_state, restore_state, save_state
 from fishjax.train._step import Step, TrainState, init, make_step, patch_of
 from fishjax.train._sync import make_parallel_step
@@ -36,6 +37,7 @@ __all__ = [
     "bytes_sent",
     "choice_lm_loss",
     "fit",
+    "fit_refreshed",
     "init",
     "legacy_lm_loss",
     "legacy_unlikelihood_loss",
