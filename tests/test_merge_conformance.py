@@ -105,7 +105,7 @@ def test_sharded_equals_unsharded(method):
     fn = jax.jit(lambda t: _call(method, t))
     sharded, whole = fn(trees), jax.jit(lambda t: _call(method, t))(jax.tree.map(jnp.asarray, plain))
     assert len(sharded["x"]["a"].sharding.device_set) == 8
-    if method in MEASURED:
+    if method in MEASURED:  # `fisher` also adds two products, of which XLA may fuse either
         _within(sharded, whole, _bound(plain))
     else:
         jax.tree.map(np.testing.assert_array_equal, sharded, whole)

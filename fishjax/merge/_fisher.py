@@ -66,9 +66,8 @@ def _leaf(block: Block, *, weights: Sequence[Any], floor: float, normalize: bool
     # A running weighted mean: the same formula, but its ratios are in [0, 1], so products of tiny or
     # huge Fishers leave no range, and where one model alone knows an entry its value comes out exactly.
     xp = block.models[0].__array_namespace__()
-    least = xp.full_like(
-        block.models[0], floor
-    )  # numpy takes the larger of two arrays faster than of a scalar
+    # numpy takes the larger of two arrays faster than of an array and a scalar.
+    least = xp.full_like(block.models[0], floor)
     if normalize:
         weights = [_per_norm(w, s, i) for i, (w, s) in enumerate(zip(weights, block.measured, strict=True))]
     masses = [

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from fishjax.merge._rule import Block, Options, Rule, add_up, check_weights, deltas, number, times
+from fishjax.merge._rule import Block, Options, Rule, check_weights, deltas, number, times
 from fishjax.merge._trees import Keep, merge_trees
 from fishjax.types import Array, Fisher, Params
 
@@ -55,9 +55,14 @@ def _leaf(block: Block, *, weights: Sequence[Any], floor: float) -> Array:
     xp = block.models[0].__array_namespace__()
     own, (origin,) = block.beside["fishers"], block.beside["base_fisher"]
     origin = xp.maximum(origin, xp.asarray(floor, dtype=own[0].dtype))
-    whole = origin + add_up([times(w, f) for w, f in zip(weights, own, strict=True)])
-    steps = [times(w, (origin + f) / whole * d) for w, f, d in zip(weights, own, deltas(block), strict=True)]
-    return block.base + add_up(steps)
+    # Each sum takes one product at a time. Of a sum of two products a compiler may fuse either with the
+    # addition, and does not choose alike for a whole array and for a shard of it.
+    whole, merged = origin, block.base
+    for w, f in zip(weights, own, strict=True):
+        whole = whole + times(w, f)
+    for w, f, d in zip(weights, own, deltas(block), strict=True):
+        merged = merged + times(w, (origin + f) / whole) * d
+    return merged
 
 
 GRADIENT_MATCHING = Rule(_leaf, _check, needs_base=True, beside=("fishers", "base_fisher"))

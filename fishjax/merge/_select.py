@@ -1,7 +1,7 @@
 """Exact order statistics of arrays that are seen block by block, in memory of fixed size.
 
 Floats >= 0 are ordered as their bit patterns are. A span of patterns that holds the answer is cut into
-at most 2^16 bins and counted, until a bin is one pattern. A sample makes the first span so narrow that
+at most 2^18 bins and counted, until a bin is one pattern. A sample makes the first span so narrow that
 one pass is mostly enough; should the answer lie outside, the next pass takes the whole range.
 """
 
@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-BINS = 1 << 16
+BINS = 1 << 18
 SAMPLE = 1 << 19  # entries of an array that give a first guess of its order
 
 
@@ -23,7 +23,7 @@ class _Search(NamedTuple):
 
     @property
     def shift(self) -> int:
-        return max(0, (self.high - self.low - 1).bit_length() - 16)
+        return max(0, (self.high - self.low - 1).bit_length() - (BINS.bit_length() - 1))
 
 
 class Ranking:
@@ -36,6 +36,7 @@ class Ranking:
         self._bits, self._float = np.dtype(np.uint32), np.dtype(np.float32)
         self._above: list[int] = []
         self._bins: list[np.ndarray] = []
+        self._waiting: list[list[np.ndarray]] = []  # bins of entries that are not counted yet
 
     @property
     def done(self) -> bool:
@@ -61,7 +62,7 @@ class Ranking:
         self._begin(searches)
 
     def count(self, arrays: Sequence[np.ndarray]) -> list[tuple[int, np.ndarray]]:
-        """Return for each search how many entries lie above its span, and the bins of those inside."""
+        """Return for each search how many entries lie above its span, and the bin of each inside."""
         found = []
         patterns = [np.ascontiguousarray(x).view(self._bits) for x in arrays]
         for s in self._searches:
@@ -69,17 +70,22 @@ class Ranking:
             above = int(np.count_nonzero(bits >= self._bits.type(s.high)))
             inside = bits - self._bits.type(s.low)  # what lies below wraps around to the top
             inside = inside[inside < self._bits.type(s.high - s.low)] >> self._bits.type(s.shift)
-            found.append((above, np.bincount(inside.astype(np.int64), minlength=1)))
+            found.append((above, inside.astype(np.uint32)))
         return found
 
     def add(self, found: Sequence[tuple[int, np.ndarray]]) -> None:
-        for i, (above, bins) in enumerate(found):
+        """Add what `count` found. Few entries are inside and bins are many, so they are counted in bulk."""
+        for i, (above, inside) in enumerate(found):
             self._above[i] += above
-            self._bins[i][: bins.size] += bins
+            self._waiting[i].append(inside)
+            if len(self._waiting[i]) >= 64 or sum(map(len, self._waiting[i])) >= BINS:
+                self._count_waiting(i)
 
     def narrow(self) -> None:
         """Take the bin that holds each answer as its next span."""
         self._counted = True
+        for i in range(len(self._searches)):
+            self._count_waiting(i)
         searches = []
         for s, above, bins in zip(self._searches, self._above, self._bins, strict=True):
             if s.high - s.low == 1 and s.k == 0:
@@ -99,10 +105,16 @@ class Ranking:
         answers = iter(np.array([s.low for s in self._searches], self._bits).view(self._float).tolist())
         return [[next(answers) for _ in ks] for ks in self._counts]
 
+    def _count_waiting(self, i: int) -> None:
+        places = np.concatenate([*self._waiting[i], np.zeros(0, np.uint32)])
+        self._bins[i] += np.bincount(places, minlength=self._bins[i].size)
+        self._waiting[i] = []
+
     def _begin(self, searches: list[_Search]) -> None:
         self._searches = searches
         self._above = [0] * len(searches)
         self._bins = [np.zeros(min(BINS, s.high - s.low), np.int64) for s in searches]
+        self._waiting = [[] for _ in searches]
 
     def _whole(self) -> int:
         return self._pattern(np.array(np.inf, self._float)) + 1

@@ -140,7 +140,7 @@ class Engine:
             arrays = ranks(pieces[0]) if pieces else [np.zeros(0, np.float32)] * len(counts)
             return [largest(x, ks) for x, ks in zip(arrays, counts, strict=True)]
         ranking = Ranking(counts)
-        few = max(16, SAMPLE // len(pieces))
+        few = max(16, min(SAMPLE, size // 16) // len(pieces))  # sorting is one thread's work
         sample = [p._replace(stop=min(p.stop, p.start + few)) for p in pieces]
         ranking.guess([np.concatenate(xs) for xs in zip(*self.map(ranks, sample), strict=True)], size)
         while not ranking.done:
