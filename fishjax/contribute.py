@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from fishjax import checkpoint, data, fisher, leaves, masks, mesh, models, patches, train
+from fishjax import checkpoint, data, fisher, leaves, masks, mesh, models, patches, train, tree
 from fishjax.errors import UsageError, WrongBaseError
 from fishjax.types import Array, Batch, Digest, LossFn, Mask, Params, Patch
 
@@ -230,7 +230,8 @@ def run(
 ) -> Digest:
     """Make a patch for a model folder and write it: what `fishjax train` calls.
 
-    A training that was stopped goes on: its state is in `OUT.partial/` until the patch is written.
+    A training that was stopped goes on: its state is in `OUT.partial/` until the patch is written. Of
+    several processes (`mesh.connect`) the first one writes.
 
     Args:
       model: a folder with config.json and weights.
@@ -281,9 +282,24 @@ def run(
     )
     recipe = {**made.recipe, "seed": seed, "data": data_id, "steps": steps, "learning_rate": learning_rate}
     recipe |= {} if refresh_every is None else {"refresh_every": refresh_every}
-    digest = checkpoint.save_patch(out, patch, base=base, metadata={**(metadata or {}), "recipe": recipe})
-    train.remove_state(partial)
-    return digest
+    about = {**(metadata or {}), "recipe": recipe}
+    return _save(out, mesh.gather(patch), about, base, model, partial)
+
+
+def _save(out: str, patch: Patch, about: dict, base: Params, folder: str, partial: Path) -> Digest:
+    """Write the patch once, whatever the number of processes, and let go of the training's state."""
+    if jax.process_count() == 1:
+        digest = checkpoint.save_patch(out, patch, base=base, metadata=about)
+        train.remove_state(partial)
+        return digest
+    from jax.experimental.multihost_utils import sync_global_devices
+
+    if jax.process_index() == 0:  # no process holds the whole base: its digests are those of the files
+        whole = tree.flatten(checkpoint.load_params(folder))
+        checkpoint.save_patch(out, patch, base={n: whole[n] for n in tree.flatten(base)}, metadata=about)
+        train.remove_state(partial)
+    sync_global_devices("patch written")
+    return checkpoint.read_patch(out).digest
 
 
 def read(

@@ -40,15 +40,9 @@ def main(port: int, process: int, folder: str, part: str) -> None:
     merging = jax.jit(lambda a, b, f: merge.fisher([a, b], fishers=[f, f], weights=[1, 2]))
     found = {"tuned": tuned, "fisher": squares, "merged": merging(params, tuned, squares)}
 
-    def whole(leaf):
-        if leaf.is_fully_addressable:
-            return np.asarray(leaf).tolist()
-        from jax.experimental.multihost_utils import process_allgather
-
-        return np.asarray(process_allgather(leaf, tiled=True)).tolist()
-
+    whole = lambda x: np.asarray(x).tolist()
     layout = {"here": len(tuned["w"].addressable_shards), "spec": tuned["w"].sharding.spec[0]}
-    print(json.dumps({"devices": jax.device_count(), **layout, **jax.tree.map(whole, found)}))
+    print(json.dumps({"devices": jax.device_count(), **layout, **jax.tree.map(whole, mesh.gather(found))}))
 
 
 if __name__ == "__main__":

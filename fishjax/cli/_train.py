@@ -20,6 +20,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=[],
         help="such as 'contribute.run.steps = 100'",
     )
+    several = parser.add_argument_group("several processes, one command each")
+    several.add_argument(
+        "--coordinator", metavar="HOST:PORT", help="of process 0; `auto` leaves it to jax's detectors (TPU)"
+    )
+    several.add_argument("--processes", metavar="N", type=int, help="how many there are")
+    several.add_argument("--process", metavar="I", type=int, help="which one this is, from 0")
+    several.add_argument("--timeout", metavar="S", type=float, default=300.0, help="seconds to wait for all")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -32,6 +39,13 @@ def run(args: argparse.Namespace) -> None:
     except ImportError:
         raise UsageError('`fishjax train` needs gin-config: pip install "fishjax[gin]"') from None
     logging.getLogger("absl").setLevel(logging.ERROR)
+    if args.coordinator:
+        from fishjax import mesh
+
+        auto = args.coordinator == "auto"
+        mesh.connect(None if auto else args.coordinator, args.processes, args.process, timeout=args.timeout)
+    elif args.processes or args.process:
+        raise UsageError("`--processes` and `--process` need `--coordinator HOST:PORT`")
     gin.clear_config()
     try:
         gin.parse_config_files_and_bindings(args.gin_file, args.gin_bindings)

@@ -158,6 +158,25 @@ def batch_axes(mesh: AnyMesh | None) -> tuple[str, ...]:
     return tuple(a for a in BATCH if mesh is not None and a in mesh.shape)
 
 
+def gather(tree_: Any) -> Any:
+    """Return a tree whole on every process; what is already within reach comes back as it is.
+
+    All processes must call it together.
+
+    >>> gather({"w": np.ones(2)})["w"].shape
+    (2,)
+    """
+
+    def whole(x: Any) -> Any:
+        if getattr(x, "is_fully_addressable", True):
+            return x
+        from jax.experimental.multihost_utils import process_allgather
+
+        return process_allgather(x, tiled=True)
+
+    return jax.tree.map(whole, tree_)
+
+
 def mesh_of(params: Params) -> AnyMesh | None:
     """Return the mesh on which parameters lie; None if they are on one device.
 
