@@ -6,15 +6,13 @@ import gin
 import jax
 import pytest
 
-from experiments import mesh_memory
-
 
 @pytest.fixture
 def ratio(tmp_path):
     def of(*bindings):
         gin.clear_config()
         files = ["configs/t0_3b_memory.gin"]
-        gin.parse_config_files_and_bindings(files, ["LAYERS = 1", *bindings])
+        gin.parse_config_files_and_bindings(files, ["LAYERS = 2", *bindings])
         with jax.numpy_dtype_promotion("standard"):  # optax mixes dtypes of its own
             return gin.get_configurable("mesh_memory.run")(out=str(tmp_path / "memory.json"))
 
@@ -24,7 +22,9 @@ def ratio(tmp_path):
 
 def test_a_device_needs_its_share_of_parameters_and_examples(ratio, capsys):
     found = ratio()
-    assert found["parameters"] == 4 * (2 * 32128 * 2048 + 2048 * (12 * 2048 + 6 * 5120) + 64 * 32 + 7 * 2048)
+    assert found["parameters"] == 4 * (
+        2 * 32128 * 2048 + 2 * 2048 * (12 * 2048 + 6 * 5120 + 5) + 64 * 32 + 2 * 2048
+    )
     assert math.isclose(found["arguments per device"], found["equal share"], rel_tol=0.01)
     assert found["ratio"] <= 1.25
     assert "each of 8 devices (fsdp=8)" in capsys.readouterr().out
