@@ -45,8 +45,8 @@ def markdown(results: dict[str, Any]) -> str:
     mixture = [[n, _percent(a)] for n, a in results["mixture"].items()]
     columns = ["method", "accuracy", "inference FLOPs", "training FLOPs", "trained numbers", "bytes on disk"]
     lines = [
-        f"{len(settings['seeds'])} seeds, {settings['shots']} shots, {settings['steps']} steps, two templates a "
-        f"task, {settings['tests']} examples of the {settings['split']} split; a model of "
+        f"{len(settings['seeds'])} seeds, {settings['shots']} shots, {settings['steps']} steps, two "
+        f"templates a task, {settings['tests']} examples of the {settings['split']} split; a model of "
         f"{results['model_parameters']:,} parameters.",
         "",
         *_table(columns, cost),

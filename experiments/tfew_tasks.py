@@ -21,6 +21,18 @@ from fishjax import data
 Row = dict[str, Any]
 KNOWN = ("tkinter", "asyncio", "importlib", "email", "logging", "decimal", "xml", "inspect")
 NEW = ("multiprocessing", "turtle", "unittest", "http")
+OTHER = (
+    "argparse",
+    "codecs",
+    "collections",
+    "concurrent",
+    "ctypes",
+    "datetime",
+    "json",
+    "mailbox",
+    "pathlib",
+)
+OTHER += ("shutil", "socket", "ssl", "subprocess", "tarfile", "threading", "typing", "urllib", "zipfile")
 SPECIAL = ("<pad>", "</s>", "<unk>", "<a>", "<b>")  # <a> and <b> stand for what is cut out of a text
 LENGTH = 12  # words of a docstring that are kept
 MODEL = {"model_type": "t5", "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}
@@ -35,19 +47,19 @@ class World(NamedTuple):
 
 
 def read_world() -> World:
-    """Read the first paragraphs of the docstrings of the standard library; nothing is imported or run."""
+    """Read first paragraphs of docstrings of the standard library; nothing is imported or run."""
     root = Path(sysconfig.get_path("stdlib"))
     texts: dict[str, list[list[str]]] = {}
-    for path in sorted(root.rglob("*.py")):
-        parts = path.relative_to(root).parts
-        if {"test", "tests", "site-packages", "idlelib", "lib2to3"} & set(parts) or "data" in parts[0]:
-            continue
-        module = parts[0].removesuffix(".py").removeprefix("_py").strip("_")
-        for text in _docstrings(path):
-            texts.setdefault(module, []).append(text)
-    texts = {m: [list(t) for t in dict.fromkeys(map(tuple, found))] for m, found in texts.items()}
+    for module in (*KNOWN, *NEW, *OTHER):
+        files = [root / f"{module}.py", root / f"_py{module}.py", *sorted((root / module).rglob("*.py"))]
+        files = [file for file in files if file.is_file() and not {"test", "tests"} & set(file.parts)]
+        texts[module] = [text for file in files for text in _docstrings(file)]
+    # Each text once, and none that several modules have: its module could not be told.
+    homes = collections.Counter(t for found in texts.values() for t in set(map(tuple, found)))
+    single = lambda found: [list(t) for t in dict.fromkeys(map(tuple, found)) if homes[t] == 1]
+    texts = {module: single(found) for module, found in texts.items()}
     counts = collections.Counter(w for found in texts.values() for text in found for w in text)
-    words = sorted(w for w, n in counts.items() if n >= 10 and 3 <= len(w) <= 12)
+    words = sorted(w for w, n in counts.items() if n >= 5 and 3 <= len(w) <= 12)
     return World(texts, words)
 
 

@@ -5,9 +5,10 @@ import json
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
-from fishjax import checkpoint, cli, contribute, data, models, patches, train
+from fishjax import checkpoint, cli, contribute, data, mesh, models, patches, train
 
 pytest.importorskip("gin")
 pytest.importorskip("tokenizers")
@@ -82,3 +83,24 @@ def test_from_a_mixture_to_few_shots(tmp_path, capsys):
     )
     assert fit("train_tfew", "x.safetensors", f"contribute.run.data_from = {mixture}") == 2
     assert "one file of `templates` for each" in capsys.readouterr().err
+
+
+def test_a_step_on_a_mesh_is_that_of_one_device():
+    sizes = {"d_model": 8, "d_kv": 2, "num_heads": 4, "d_ff": 16}
+    model = models.build(CONFIG | sizes)
+    rng, shapes = np.random.default_rng(0), jax.eval_shape(model.init, jax.random.key(0))
+    params = jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape), jnp.float32), shapes)
+    batch = {"input_ids": rng.integers(2, 12, (8, 5)), "choices": rng.integers(2, 12, (8, 3, 2))}
+    batch = {n: x.astype(np.int32) for n, x in batch.items()} | {"answer": np.arange(8, dtype=np.int32) % 3}
+    patch, rule = patches.init_ia3(params, targets="paper"), optax.sgd(0.1)
+
+    def step(on, base, batch):
+        state = mesh.follow(train.init(patch, rule), base)
+        made = contribute.make_step(model, rule, on, loss=train.tfew_loss, remat=on is not None)
+        state, loss = jax.jit(made)(state, base, batch)
+        return loss, train.patch_of(state)
+
+    on = mesh.make({"fsdp": 4, "tensor": 2})
+    spread = step(on, mesh.shard(params, mesh.rules(model, on), on), mesh.shard_batch(batch, on))
+    single = step(None, params, batch)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-6), spread, single)
