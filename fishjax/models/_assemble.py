@@ -1,5 +1,6 @@
 """A Model out of three kinds of Linen modules: what embeds, one block after another, the head."""
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -57,7 +58,7 @@ def assemble(
         carry, found = embed.init_with_output(next(keys), batch)
         flat = tree.flatten(found["params"])
         for name, module in blocks.items():
-            (carry, _), found = module.init_with_output(next(keys), carry)
+            (carry, _), found = _init(module, next(keys), carry)
             flat = {**{f"{name}.{n}": x for n, x in tree.flatten(found["params"]).items()}, **flat}
         found = head.init(next(keys), carry)
         return tree.nest({**tree.flatten(found.get("params", {})), **flat})
@@ -79,6 +80,12 @@ def assemble(
         head=run_head,
         ignored=ignored,
     )
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _init(module: nn.Module, key: Array, carry: Any) -> Any:
+    """Start a module; equal ones, as most blocks of a model are, are traced and compiled once."""
+    return module.init_with_output(key, carry)
 
 
 def shift_right(labels: Array, start: int) -> Array:

@@ -6,6 +6,7 @@ import importlib
 import json
 import re
 from collections.abc import Callable, Collection, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -162,15 +163,20 @@ def load(folder: str | Path, *, dtype: Any = None, shardings: Any = None) -> tup
         if orbax:
             found = tree.flatten(load_orbax(folder, kept, dtype=dtype, shardings=shardings))
 
+        here: Any = jax.config
+        wide, device = here.jax_enable_x64, here.jax_default_device  # each thread has its own
+
         def place(name: str) -> Array:
             leaf = found.pop(name) if orbax else found[name]
             leaf = leaf if dtype is None else leaf.astype(jax.numpy.dtype(dtype))
             where = shardings.get(name) if isinstance(shardings, Mapping) else shardings
-            if where is not None and not where.is_fully_addressable:
-                return jax.make_array_from_callback(leaf.shape, where, lambda index: leaf[index])
-            return jax.device_put(leaf, where).block_until_ready()  # before the next one is mapped
+            with jax.enable_x64(wide), jax.default_device(device):
+                if where is not None and not where.is_fully_addressable:
+                    return jax.make_array_from_callback(leaf.shape, where, lambda index: leaf[index])
+                return jax.device_put(leaf, where).block_until_ready()  # before the next one is mapped
 
-        return model, tree.nest({n: place(n) for n in kept})
+        with ThreadPoolExecutor(2) as pool:  # one copies while the other takes new memory
+            return model, tree.nest(dict(zip(kept, pool.map(place, kept), strict=True)))
 
 
 def save(folder: str | Path, model: Model, params: Params) -> None:
