@@ -42,17 +42,22 @@ def compiled(
     inputs: int,
     targets: int,
     remat: bool = True,
+    scan: bool = False,
 ) -> Any:
     """Return the compiled training step of a sequence-to-sequence model, from shapes alone."""
     params: Params = jax.eval_shape(model.init, jax.random.key(0))
     optimizer = contribute.adam(1e-3, 1000)
-    state = jax.eval_shape(lambda p: train.init(make(None, p, model, []).patch, optimizer), params)
+    patch = jax.eval_shape(lambda p: make(None, p, model, []).patch, params)
+    if scan:
+        patch = jax.eval_shape(lambda patch: models.stack_patch(model, params, patch), patch)
+        params = jax.eval_shape(lambda p: models.stack_blocks(model, p), params)
+    state = jax.eval_shape(lambda patch: train.init(patch, optimizer), patch)
     if on is not None:
-        params = mesh.shard(params, mesh.rules(model, on), on)
+        params = mesh.shard(params, mesh.rules(models.scanned(model) if scan else model, on), on)
         state = mesh.follow(state, params)
     ids = lambda length: jax.ShapeDtypeStruct((batch_size, length), jnp.int32)
     batch = {"input_ids": ids(inputs), "attention_mask": ids(inputs), "labels": ids(targets)}
-    step = contribute.make_step(model, optimizer, on, remat=remat)
+    step = contribute.make_step(model, optimizer, on, remat=remat, scan=scan)
     lowered = jax.jit(step, donate_argnums=0).lower(state, params, mesh.shard_batch(batch, on))
     return lowered.compile(compiler_options=OPTIONS)
 
@@ -72,6 +77,8 @@ def run(
     batch_size: int = 16,
     inputs: int = 512,
     targets: int = 64,
+    remat: bool = True,
+    scan: bool = False,
     out: str | None = None,
 ) -> dict[str, float]:
     """Compile the step for a mesh and for one device, and print what each device needs.
@@ -82,10 +89,11 @@ def run(
       on: makes the mesh.
       devices: fake CPU devices, if there are none yet.
       batch_size: of all devices together. inputs, targets: tokens.
+      remat, scan: as of `contribute.fit`.
       out: a JSON file for the numbers.
     """
     jax.config.update("jax_num_cpu_devices", devices)
-    model, sizes = models.build(config), {"inputs": inputs, "targets": targets}
+    model, sizes = models.build(config), {"inputs": inputs, "targets": targets, "remat": remat, "scan": scan}
     the_mesh = on()
     share = batch_size
     for axis in mesh.batch_axes(the_mesh):

@@ -193,15 +193,17 @@ def make_step(
     *,
     loss: Callable[[models.Model], LossFn] = models.example_loss,
     remat: bool = False,
+    scan: bool = False,
 ) -> train.Step:
     """Return the step that `fit` takes: patched weights are not formed, examples are spread over a mesh.
 
     Args:
       on: the mesh of the parameters, if they lie on one.
-      loss, remat: as of `fit`.
+      loss, remat, scan: as of `fit`.
     """
     held = model if on is None else mesh.constrain(model, on)
-    loss_fn = loss(models.remat(held) if remat else held)
+    held = models.scanned(held, remat=remat) if scan else models.remat(held) if remat else held
+    loss_fn = loss(held)
     over = mesh.batch_axes(on)
     return train.make_step(leaves.interpret(loss_fn), optimizer, apply=patches.unfold, over=over)
 

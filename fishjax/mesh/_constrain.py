@@ -42,7 +42,8 @@ def constrain(model: Model, mesh: AnyMesh) -> Model:
         return jax.tree.map(hold, embed(params, batch, *keys))
 
     def held_block(name: str, params: Params, carry: Any) -> Any:
-        return jax.tree.map(hold, block(name, params, carry))
+        given = {id(x) for x in jax.tree.leaves(carry)}  # what is only handed on is held already
+        return jax.tree.map(lambda x: x if id(x) in given else hold(x), block(name, params, carry))
 
     apply = in_order(held_embed, held_block, head, model.blocks)
     return model._replace(apply=apply, embed=held_embed, block=held_block)

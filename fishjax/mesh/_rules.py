@@ -74,9 +74,10 @@ FAMILIES: dict[str, Family] = {
 
 
 def rules(model: models.Model, mesh: AnyMesh) -> SpecRules:
-    """Return the sharding rules of a model's family for the axes "fsdp" and "tensor" of a mesh.
+    """Return the sharding rules of a model's family for the axes of a mesh.
 
-    An axis that the mesh does not have divides nothing; norms and what else is small is replicated.
+    Stacked leaves (`models.scanned`) have their blocks on "stage". An axis that the mesh does not have
+    divides nothing; norms and what else is small is replicated.
 
     Raises:
       UsageError: a family that has no rules.
@@ -93,6 +94,8 @@ def rules(model: models.Model, mesh: AnyMesh) -> SpecRules:
     names = tree.names(jax.eval_shape(model.init, jax.random.key(0)))
     here = lambda spec: PartitionSpec(*(a if a in mesh.shape else None for a in spec))
     found = FAMILIES[model.family]
+    # Stacked leaves (`models.scanned`), `... .*. ...`, have the blocks as their first axis.
+    both = [(rf"^(?=.*\*\.)(?=.*(?:{p}))", ("stage", *spec)) for p, spec in found] + found
     # A family's rules are for all its checkpoints: tied or not, with biases or without.
-    used = [(p, here(spec)) for p, spec in found if any(re.search(p, n) for n in names)]
+    used = [(p, here(spec)) for p, spec in both if any(re.search(p, n) for n in names)]
     return [*used, ("", PartitionSpec())]

@@ -6,6 +6,7 @@ made here applies to the folder that others use. One file a family, listed in `F
 
 from fishjax.models._model import FAMILIES, Model, build, example_logits, example_loss, load, save
 from fishjax.models._remat import remat
+from fishjax.models._scan import scanned, stack_blocks, stack_patch, unstack_patch
 from fishjax.models._tokenizer import encode, load_tokenizer, pad, until_end
 
 __all__ = [
@@ -20,5 +21,9 @@ __all__ = [
     "pad",
     "remat",
     "save",
+    "scanned",
+    "stack_blocks",
+    "stack_patch",
+    "unstack_patch",
     "until_end",
 ]

@@ -1,6 +1,7 @@
 """A Model out of three kinds of Linen modules: what embeds, one block after another, the head."""
 
 import functools
+import itertools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -75,6 +76,7 @@ def assemble(
         labels=LABELS[labels] if labels else None,
         token_mask=TOKEN_MASKS.get(labels) if labels else None,
         blocks=tuple(blocks),
+        runs=tuple(tuple(run) for _, run in itertools.groupby(blocks, key=blocks.__getitem__)),
         embed=run_embed,
         block=run_block,
         head=run_head,

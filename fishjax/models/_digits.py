@@ -124,6 +124,7 @@ def build(config: dict[str, Any], names: Collection[str] | None = None) -> Model
         apply=in_order(embed, block, head, blocks),
         labels=lambda example: example["label"],
         blocks=blocks,
+        runs=(blocks,),
         embed=embed,
         block=block,
         head=head,

@@ -49,6 +49,8 @@ class Model(NamedTuple):
         None where `apply` does not return logits.
       token_mask: one example -> bool `[T]`: which of the `labels` count; None for classifiers.
       blocks: dotted names of the repeated parts, in the order in which they run.
+      runs: the same names in the same order; blocks that follow each other and differ in nothing but their
+        parameters are together (`scanned`).
       embed: `embed(params, batch) -> carry`, needs the parameters outside of the blocks only
         (and T5's tables of relative positions, which the file keeps in the first blocks).
       block: `block(name, params of this block, carry) -> carry`; where the carry of a decoder holds a
@@ -65,6 +67,7 @@ class Model(NamedTuple):
     labels: Callable[[Example], Array] | None = None
     token_mask: TokenMask | None = None
     blocks: tuple[str, ...] = ()
+    runs: tuple[tuple[str, ...], ...] = ()
     embed: Callable[..., Any] | None = None
     block: Callable[..., Any] | None = None
     head: Callable[..., Any] | None = None
