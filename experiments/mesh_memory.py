@@ -99,7 +99,9 @@ def run(
     for axis in mesh.batch_axes(the_mesh):
         share //= the_mesh.shape[axis]
     shapes = jax.eval_shape(model.init, jax.random.key(0))
-    table = mesh.table(shapes, mesh.rules(model, the_mesh), the_mesh)
+    if scan:
+        shapes = jax.eval_shape(lambda p: models.stack_blocks(model, p), shapes)
+    table = mesh.table(shapes, mesh.rules(models.scanned(model) if scan else model, the_mesh), the_mesh)
     print(table)
     spread = memory(compiled(model, make, the_mesh, batch_size=batch_size, **sizes))
     alone = memory(compiled(model, make, None, batch_size=share, **sizes))

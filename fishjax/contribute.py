@@ -154,6 +154,7 @@ def fit(
     loss: Callable[[models.Model], LossFn] = models.example_loss,
     optimizer: Callable[[float, int], optax.GradientTransformation] = adam,
     remat: bool = False,
+    scan: bool = False,
     refresh: tuple[Callable[[Params], Mask], int] | None = None,
 ) -> Patch:
     """Train a patch.
@@ -166,6 +167,8 @@ def fit(
       loss: of a model; `train.tfew_loss` where examples have choices.
       optimizer: of the highest learning rate and the number of steps; `train.adafactor` is T-Few's.
       remat: compute each block again in the backward pass, which saves memory (`models.remat`).
+      scan: `base` and `patch` are stacked (`models.stack_blocks`) and equal blocks run in a scan: compiled
+        faster, and on a mesh no more than one block's weights are gathered at a time.
       refresh: what chooses another mask of the weights, and the steps after which it does
         (`train.fit_refreshed`); the patch then has all that was learnt.
     """
@@ -176,7 +179,10 @@ def fit(
         return (mesh.shard_batch(batch, on) for batch in drawn)
 
     place = lambda state: mesh.follow(state, base)
-    start, step = place(train.init(patch, rule)), make_step(model, rule, on, loss=loss, remat=remat)
+    start, step = (
+        place(train.init(patch, rule)),
+        make_step(model, rule, on, loss=loss, remat=remat, scan=scan),
+    )
     options: dict[str, Any] = {"steps": steps, "folder": folder, "description": description}
     if refresh is None:
         return train.patch_of(train.fit(start, step, base, batches(), **options)[0])
@@ -228,6 +234,7 @@ def run(
     on: Mesh | None = None,
     rules: Callable[[models.Model, Mesh], mesh.SpecRules] = mesh.rules,
     remat: bool = False,
+    scan: bool = False,
     refresh_every: int | None = None,
 ) -> Digest:
     """Make a patch for a model folder and write it: what `fishjax train` calls.
@@ -247,6 +254,7 @@ def run(
       templates: a file as of `data.load_templates` for each FILE.jsonl, whose lines are then a task's rows.
       limit: at most so many examples of each task of a mixture.
       loss, optimizer, remat: as of `fit`.
+      scan: stack equal blocks while training, as of `fit`; the patch is of the model's own leaves.
       on: a mesh (`mesh.make`) onto which the model is loaded and on which all else then happens.
       rules: `(model, mesh) -> rules` as of `mesh.shard`.
       refresh_every: steps after which `make` chooses a new mask, of the weights as they are by then; what
@@ -267,9 +275,16 @@ def run(
     again = lambda params: make(jax.random.key(seed), params, loaded, batches).mask
     if refresh_every is not None and made.mask is None:
         raise UsageError("`refresh_every` is for ways that choose a mask; `make` made a patch without one")
+    if scan and refresh_every is not None:
+        raise UsageError("`refresh_every` chooses masks of the model's own leaves; leave out `scan`")
+    start, params, shapes = made.patch, base, mesh.shapes_of(base)
+    del base  # stacking gives its leaves away
+    if scan:
+        start = models.stack_patch(loaded, params, start)
+        params = models.stack_blocks(loaded, params, donate=True)
     patch = fit(
-        made.patch,
-        base,
+        start,
+        params,
         loaded,
         rows,
         steps=steps,
@@ -280,27 +295,27 @@ def run(
         loss=loss,
         optimizer=optimizer,
         remat=remat,
+        scan=scan,
         refresh=None if refresh_every is None else (again, refresh_every),
     )
     recipe = {**made.recipe, "seed": seed, "data": data_id, "steps": steps, "learning_rate": learning_rate}
     recipe |= {} if refresh_every is None else {"refresh_every": refresh_every}
-    about = {**(metadata or {}), "recipe": recipe}
-    return _save(out, mesh.gather(patch), about, base, model, partial)
+    patch = models.unstack_patch(loaded, shapes, patch) if scan else patch
+    if scan or jax.process_count() > 1:  # the base is no longer here as it was; its files are
+        whole = tree.flatten(checkpoint.load_params(model))
+        params = {n: whole[n] for n in tree.flatten(shapes)}
+    return _save(out, mesh.gather(patch), params, {**(metadata or {}), "recipe": recipe}, partial)
 
 
-def _save(out: str, patch: Patch, about: dict, base: Params, folder: str, partial: Path) -> Digest:
+def _save(out: str, patch: Patch, base: Params, metadata: Mapping[str, Any], partial: Path) -> Digest:
     """Write the patch once, whatever the number of processes, and let go of the training's state."""
-    if jax.process_count() == 1:
-        digest = checkpoint.save_patch(out, patch, base=base, metadata=about)
+    if jax.process_index() == 0:
+        checkpoint.save_patch(out, patch, base=base, metadata=metadata)
         train.remove_state(partial)
-        return digest
-    from jax.experimental.multihost_utils import sync_global_devices
+    if jax.process_count() > 1:
+        from jax.experimental.multihost_utils import sync_global_devices
 
-    if jax.process_index() == 0:  # no process holds the whole base: its digests are those of the files
-        whole = tree.flatten(checkpoint.load_params(folder))
-        checkpoint.save_patch(out, patch, base={n: whole[n] for n in tree.flatten(base)}, metadata=about)
-        train.remove_state(partial)
-    sync_global_devices("patch written")
+        sync_global_devices("patch written")
     return checkpoint.read_patch(out).digest
 
 

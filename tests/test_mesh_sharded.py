@@ -1,12 +1,14 @@
 """What runs on eight devices gives what one device gives: a step, Fishers, merging, generation."""
 
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 
-from fishjax import contribute, fisher, mesh, models, patches, train
+from fishjax import checkpoint, contribute, fisher, merge, mesh, models, patches, train
 
 T5 = {
     "model_type": "t5",
@@ -106,3 +108,52 @@ def test_a_step_fishers_and_generation_are_those_of_one_device(config, dtype):
         assert apart(squares[1], squares[0]) < most
         jax.tree.map(np.testing.assert_array_equal, sharded_ids, ids)
         assert len(jax.tree.leaves(eight.opt_state[0].mu)[0].sharding.device_set) == 8
+
+
+def test_a_contributors_run_on_a_mesh_makes_the_patch_of_one_device(tmp_path):
+    model = models.build({**T5, "num_layers": 2})
+    models.save(tmp_path / "model", model, model.init(jax.random.key(0)))
+    rng = np.random.default_rng(0)
+    rows = [{n: rng.integers(2, 32, 5).tolist() for n in ("input_ids", "labels")} for _ in range(16)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run = lambda out, **options: contribute.run(
+        model=str(tmp_path / "model"),
+        data_from=str(tmp_path / "rows.jsonl"),
+        out=str(tmp_path / out),
+        make=contribute.ia3,
+        steps=3,
+        learning_rate=1e-2,
+        batch_size=8,
+        **options,
+    )
+    run("one")
+    digest = run("eight", on=mesh.make(AXES), remat=True, scan=True)
+    one, eight = (checkpoint.load_patch(tmp_path / n)[0] for n in ("one", "eight"))
+    assert one.keys() == eight.keys() and checkpoint.read_patch(tmp_path / "eight").digest == digest
+    apart_from_1 = lambda patch: {n: kind.vector - 1 for n, kind in patch.items()}
+    assert apart(apart_from_1(eight), apart_from_1(one)) < 1e-3  # Adam divides small gradients by themselves
+    ids = [checkpoint.read_patch(tmp_path / n).base_id for n in ("one", "eight")]
+    assert ids[0] == ids[1] and not (tmp_path / "eight.partial").exists()
+
+
+def test_elementwise_merging_of_sharded_models_gathers_nothing():
+    on = mesh.make(AXES)
+    model = models.build(LLAMA)
+    draw = lambda seed: mesh.shard(model.init(jax.random.key(seed)), mesh.rules(model, on), on)
+    a, b, base = map(draw, range(3))
+    squares = jax.tree.map(lambda x: x * x, base)
+
+    def merged(a, b, base, squares):
+        return (
+            merge.average([a, b], weights=[1, 2]),
+            merge.fisher([a, b], fishers=[squares, squares]),
+            merge.task_arithmetic([a, b], base=base, weights=[0.5, 0.25]),
+        )
+
+    program = jax.jit(merged).lower(a, b, base, squares).compile()
+    text = program.as_text()
+    assert not any(word in text for word in ("all-gather", "all-reduce", "all-to-all", "collective-permute"))
+    found = program(a, b, base, squares)
+    alone = jax.jit(merged)(*jax.tree.map(lambda x: jnp.asarray(np.asarray(x)), (a, b, base, squares)))
+    jax.tree.map(np.testing.assert_array_equal, found, alone)  # within one rounding: here, bit for bit
+    assert found[0]["model"]["norm"]["weight"].sharding.mesh == on

@@ -18,6 +18,7 @@ from fishjax.mesh._shard import (
     gather,
     make,
     mesh_of,
+    shapes_of,
     shard,
     shard_batch,
     shardings,
@@ -39,6 +40,7 @@ __all__ = [
     "rules",
     "shard",
     "shard_batch",
+    "shapes_of",
     "shardings",
     "table",
 ]

@@ -70,15 +70,19 @@ def scanned(model: Model, *, remat: bool = False) -> Model:
     return model._replace(init=lambda key: stack_blocks(model, model.init(key)), apply=apply)
 
 
-def stack_blocks(model: Model, params: Params) -> Params:
+def stack_blocks(model: Model, params: Params, *, donate: bool = False) -> Params:
     """Return the parameters with those of equal blocks stacked, one kind of leaf after the other.
 
     Args:
       params: of `model`; leaves that lie on a mesh stay on it, every block divided as it was.
+      donate: give them away, so that no more than one kind of leaf is there twice.
     """
     flat = tree.flatten(params)
     for star, rest, run in _stacks(model, flat):
-        flat[f"{star}.{rest}"] = _stack([flat.pop(f"{block}.{rest}") for block in run])
+        parts = [flat.pop(f"{block}.{rest}") for block in run]
+        flat[f"{star}.{rest}"] = jax.block_until_ready(_stack(parts)) if donate else _stack(parts)
+        for part in parts if donate else ():
+            part.delete()
     return tree.nest(flat)
 
 

@@ -33,7 +33,8 @@ class LowRank:
         """Return why this does not fit the leaf, or None."""
         a, b, shape = self.a.shape, self.b.shape, leaves[name].shape
         fits = len(a) == len(b) == len(shape) + 1 and a[-1] == b[-1]
-        if fits and all({x, y} == {1, n} for x, y, n in zip(a, b, shape)):
+        stacked = len(shape) > 2 and a[:1] == b[:1] == shape[:1]  # weights of equal blocks, each with its own
+        if fits and all({x, y} == {1, n} for x, y, n in list(zip(a, b, shape))[stacked:]):
             return None
         return f"factors {list(a)} and {list(b)} do not span the leaf's shape {list(shape)}"
 
