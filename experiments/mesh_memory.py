@@ -73,7 +73,6 @@ def run(
     config: dict[str, Any],
     make: Callable[..., contribute.Made],
     on: Callable[[], Mesh],
-    devices: int = 8,
     batch_size: int = 16,
     inputs: int = 512,
     targets: int = 64,
@@ -87,12 +86,10 @@ def run(
       config: the content of config.json.
       make: which patch, as of `contribute.run`.
       on: makes the mesh.
-      devices: fake CPU devices, if there are none yet.
       batch_size: of all devices together. inputs, targets: tokens.
       remat, scan: as of `contribute.fit`.
       out: a JSON file for the numbers.
     """
-    jax.config.update("jax_num_cpu_devices", devices)
     model, sizes = models.build(config), {"inputs": inputs, "targets": targets, "remat": remat, "scan": scan}
     the_mesh = on()
     share = batch_size
@@ -124,4 +121,5 @@ def run(
 
 if __name__ == "__main__":
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    jax.config.update("jax_num_cpu_devices", 16)  # fake ones: enough for the configurations here
     gin_cli.main("mesh_memory.run", __doc__ or "")
