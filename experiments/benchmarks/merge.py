@@ -1,13 +1,16 @@
 """How fast and how small merging is, beside the copy limit of the machine and beside mergekit.
 
-    python -m experiments.benchmarks.merge                          # two models of 1.3 GB
-    python -m experiments.benchmarks.merge --entries 5e9 --only copy average    # a pair of 20 GB each
-    python -m experiments.benchmarks.merge --mergekit ENV/bin/mergekit-yaml     # the peer, same files
+    python -m experiments.benchmarks.merge --mergekit ENV/bin/mergekit-yaml    # two of 1.3 GB, and the peer
+    python -m experiments.benchmarks.merge --sparse 20 --folder F --runs 1     # two of 20 GB, for memory
+
+The first needs 9 GB of disk and takes 5 minutes, the second writes 20 GB a job.
 
 Every job runs in a process of its own, several times after one warming run, files in the page cache;
-the copy limit reads all inputs and writes one output with two threads and computes nothing. Time is
-wall clock inside the process without the start of the interpreter (mergekit's is its whole command);
-memory is what the process's largest resident size grew by from after the imports.
+the copy limit reads all inputs and writes one output with two threads and computes nothing. Both wait for
+the disk at the end. Time is wall clock inside the process without the start of the interpreter (mergekit's
+is its whole command), then processor time, which a busy machine changes less; memory is what the
+process's largest resident size grew by from after the imports. Sparse files hold random numbers in one
+entry of 256 and holes else; reading holes is quicker than reading a disk, so they show memory, not speed.
 """
 
 import argparse
@@ -77,6 +80,27 @@ def make(folder: Path, entries: float) -> None:
             write(f"m{i}{tail}", dtype, lambda n, i=i: 0.02 * draw(0, n) + 0.002 * draw(i, n))
     for i in (1, 2):
         write(f"f{i}", np.float32, lambda n, i=i: 1e-4 * draw(10 + i, n) ** 2)
+
+
+def make_sparse(folder: Path, entries: float) -> None:
+    """Write a base and two models as files that are mostly holes: large to read, small on the disk."""
+    from fishjax.checkpoint._dtypes import Spec
+    from fishjax.merge._output import layout
+
+    specs = {
+        f"layer.{i}.weight": Spec(np.dtype(np.float32), (1 << 14, 1 << 14)) for i in range(int(entries) >> 28)
+    }
+    header, offsets = layout(specs)
+    for seed, name in enumerate(("base", "m1", "m2")):
+        (folder / name).mkdir(parents=True)
+        rng = np.random.default_rng(seed)
+        with open(folder / name / "model.safetensors", "wb") as f:
+            f.write(header)
+            f.truncate(len(header) + sum(4 << 28 for _ in specs))
+            for start in offsets.values():
+                for offset in range(0, 4 << 28, 1 << 20):
+                    f.seek(len(header) + start + offset + 4096 * int(rng.integers(1, 255)))
+                    f.write(rng.standard_normal(1 << 10, dtype=np.float32).tobytes())
 
 
 def config(wanted: Iterable[str], dtype: type) -> dict:
@@ -150,16 +174,17 @@ RECIPES = {
 }
 
 
-def measure(name: str, folder: Path, runs: int) -> None:
+def measure(name: str, folder: Path, runs: int, warm: int) -> None:
     """Run one job several times and print its times and memory; this process does nothing else."""
     job = jobs(folder)[name]
-    before, seconds = _peak(), []
-    for _ in range(runs + 1):
+    before, seconds, cpu = _peak(), [], []
+    for _ in range(runs + warm):
         with tempfile.TemporaryDirectory(dir=folder) as top:
-            start = time.perf_counter()
+            start, used = time.perf_counter(), time.process_time()
             job(Path(top, "out"))
             seconds.append(time.perf_counter() - start)
-    print(json.dumps({"seconds": seconds[1:], "memory": _peak() - before}))
+            cpu.append(time.process_time() - used)
+    print(json.dumps({"seconds": seconds[warm:], "cpu": cpu[warm:], "memory": _peak() - before}))
 
 
 def _peak() -> int:
@@ -188,23 +213,31 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--entries", type=float, default=3.22e8, help="of each model")
     parser.add_argument("--folder", type=Path, help="where the files are, or are to be; kept if given")
+    parser.add_argument(
+        "--sparse", type=float, metavar="GB", help="models of this size, of holes; removed after"
+    )
     parser.add_argument("--only", nargs="+", help="some of the jobs")
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--mergekit", help="its `mergekit-yaml`")
     parser.add_argument("--measure", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.measure:
-        measure(args.measure, args.folder, args.runs)
+        measure(args.measure, args.folder, args.runs, 0 if args.sparse else 1)
         return
-    with tempfile.TemporaryDirectory() as top:
-        folder = args.folder or Path(top)
-        if not (folder / "f2").exists():
+    if args.sparse and args.mergekit:
+        parser.error("--sparse is for memory; measure --mergekit on whole files")
+    with tempfile.TemporaryDirectory(dir=args.folder if args.sparse else None) as top:
+        folder = Path(top) if args.sparse else args.folder or Path(top)
+        if args.sparse:
+            make_sparse(folder, args.sparse * 1e9 / 4)
+        elif not (folder / "f2").exists():
             make(folder, args.entries)
         print(f"load average {os.getloadavg()[0]:.1f}, {os.cpu_count()} cores")
         table: dict[str, dict] = {}
-        for name in args.only or jobs(folder):
+        for name in args.only or (("average", "ties global") if args.sparse else jobs(folder)):
             command = [sys.executable, "-m", "experiments.benchmarks.merge", "--measure", name]
             command += ["--folder", str(folder), "--runs", str(args.runs)]
+            command += ["--sparse", str(args.sparse)] if args.sparse else []
             done = subprocess.run(command, check=True, capture_output=True, text=True)
             table[name] = json.loads(done.stdout)
             _show(name, table)
@@ -217,9 +250,12 @@ def _show(name: str, table: dict[str, dict]) -> None:
     seconds = sorted(table[name]["seconds"])
     limits = {"average": "copy", "average bf16": "copy bf16", "fisher": "copy 4"}
     text = f"{name:24} {seconds[len(seconds) // 2]:7.2f} s ({seconds[0]:.2f} to {seconds[-1]:.2f})"
+    text += f"  cpu {min(table[name]['cpu']):6.2f} s" if "cpu" in table[name] else ""
     text += f"  {table[name]['memory'] / 1e6:7.0f} MB"
     if limits.get(name) in table:
-        text += f"  {seconds[0] / min(table[limits[name]]['seconds']):.2f} x the copy limit (best by best)"
+        limit = table[limits[name]]
+        text += f"  {seconds[0] / min(limit['seconds']):.2f} x the copy limit (best by best)"
+        text += f", {min(table[name]['cpu']) / min(limit['cpu']):.2f} x its processor time"
     if name.startswith("mergekit ") and name.removeprefix("mergekit ") in table:
         ours = table[name.removeprefix("mergekit ")]["seconds"]
         text += f"  {seconds[0] / sorted(ours)[len(ours) // 2]:.0f} x our time"

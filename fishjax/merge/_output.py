@@ -117,7 +117,7 @@ class Output:
         return {"pieces": 0}
 
     def _open(self, file: str, specs: Mapping[str, Spec]) -> None:
-        header, offsets = _layout(specs)
+        header, offsets = layout(specs)
         fd = os.open(self.partial / file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         self._fds.append(fd)
         os.pwrite(fd, header, 0)
@@ -139,7 +139,7 @@ def _shards(specs: Mapping[str, Spec], is_file: bool, shard_bytes: int) -> dict[
     return {f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors": s for i, s in enumerate(shards)}
 
 
-def _layout(specs: Mapping[str, Spec]) -> tuple[bytes, dict[str, int]]:
+def layout(specs: Mapping[str, Spec]) -> tuple[bytes, dict[str, int]]:
     """Return a safetensors header with its length in front, and where each tensor begins behind it."""
     offsets: dict[str, int] = {}
     head: dict[str, Any] = {"__metadata__": {"format": "pt"}}

@@ -61,22 +61,31 @@ class Ranking:
                 searches.append(_Search(i, k, low, high))
         self._begin(searches)
 
-    def count(self, arrays: Sequence[np.ndarray]) -> list[tuple[int, np.ndarray]]:
-        """Return for each search how many entries lie above its span, and the bin of each inside."""
+    def count(self, arrays: Sequence[np.ndarray]) -> list[tuple[int, np.ndarray | int]]:
+        """Return for each search how many entries lie above its span, and the bin of each inside.
+
+        Of a span that is one pattern, such as the zeros of a sparse change, their number is enough.
+        """
         found = []
         patterns = [np.ascontiguousarray(x).view(self._bits) for x in arrays]
         for s in self._searches:
             bits = patterns[s.array]
             above = int(np.count_nonzero(bits >= self._bits.type(s.high)))
+            if s.high - s.low == 1:
+                found.append((above, int(np.count_nonzero(bits == self._bits.type(s.low)))))
+                continue
             inside = bits - self._bits.type(s.low)  # what lies below wraps around to the top
             inside = inside[inside < self._bits.type(s.high - s.low)] >> self._bits.type(s.shift)
             found.append((above, inside.astype(np.uint32)))
         return found
 
-    def add(self, found: Sequence[tuple[int, np.ndarray]]) -> None:
+    def add(self, found: Sequence[tuple[int, np.ndarray | int]]) -> None:
         """Add what `count` found. Few entries are inside and bins are many, so they are counted in bulk."""
         for i, (above, inside) in enumerate(found):
             self._above[i] += above
+            if isinstance(inside, int):
+                self._bins[i][0] += inside
+                continue
             self._waiting[i].append(inside)
             if len(self._waiting[i]) >= 64 or sum(map(len, self._waiting[i])) >= BINS:
                 self._count_waiting(i)
