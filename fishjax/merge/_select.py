@@ -66,7 +66,7 @@ class Ranking:
 
         Of a span that is one pattern, such as the zeros of a sparse change, their number is enough.
         """
-        found = []
+        found: list[tuple[int, np.ndarray | int]] = []
         patterns = [np.ascontiguousarray(x).view(self._bits) for x in arrays]
         for s in self._searches:
             bits = patterns[s.array]
