@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from jax import lax
 
 from fishjax import fisher, tree
-from fishjax.fisher import _one_pass, _squares
+from fishjax.fisher import _auto, _one_pass, _scores, _squares
 
 B, T, D = 3, 5, 4
 QUICK = {
@@ -246,10 +246,14 @@ def test_shared_parameters(x64, limits, operations):
     compare(loss, params, batch())
 
 
-@pytest.mark.parametrize("at_once", [1, 2, 8])
 @pytest.mark.parametrize(
-    "operations",
-    [["embed_tied", "dense", "scan_constant"], ["cond", "conv", "scan"], ["attend", "untouched"]],
+    "operations, at_once",
+    [
+        (["embed_tied", "dense", "scan_constant"], 1),
+        (["embed_tied", "dense", "scan_constant"], 2),
+        (["embed_tied", "attend", "scan_constant"], 8),
+        (["cond", "conv", "scan", "untouched"], 8),
+    ],
 )
 def test_rows_go_backward_together(x64, limits, monkeypatch, operations, at_once):
     """Three rows in one, two (one of them half empty) and three backward passes."""
@@ -406,6 +410,23 @@ def test_auto_takes_the_reference_way_where_no_rule_helps(limits):
         .split(". ")[1]
         .startswith("one_pass")
     )
+
+
+def test_auto_sizes_the_micro_batch_by_parameters_rows_and_memory():
+    logits, params, batch = encoder(vocabulary=20_000)
+    small = {**params, "token": params["token"][:500]}
+    example = jax.tree.map(lambda x: x[0], batch)
+
+    def size(params, of, memory=None):
+        return _auto.choose(of, params, example, "auto", None, memory).chunk_size
+
+    two = _scores.of_exact(lambda p, e: logits(p, e)[:2], "categorical", None, 99)
+    three = _scores.of_exact(logits, "categorical", None, 99)
+    assert size(params, two) > size(small, two) == 2 * size(small, three)
+    assert [size(small, two, memory=m) for m in (1, 2**20, 2**21)] == [
+        1,
+        *(size(small, two, 2**20) * n for n in (1, 2)),
+    ]
 
 
 def test_a_while_loop_goes_the_reference_way():

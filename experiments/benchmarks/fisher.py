@@ -32,8 +32,8 @@ SHAPES: dict[str, dict[str, int]] = {
     "mlp": {"layers": 4, "width": 1024},
 }
 CLASSES = 3
-JAX = ["plain:8", "one_pass:8", "single:1", "vmap:4", "exact2:8", "exact:8", "rate:1"]
-TORCH = ["torch_loop:1", "torch_vmap:4", "torch_opacus:4", "torch_rate:1"]
+JAX = ["plain:8", "one_pass:8", "auto:1", "single:1", "vmap:4", "exact2:8", "exact:8", "rate:1"]
+TORCH = ["torch_loop:1", "torch_exact:1", "torch_vmap:4", "torch_opacus:4", "torch_rate:1"]
 
 
 def main() -> None:
@@ -78,7 +78,7 @@ def start(args: argparse.Namespace, name: str) -> subprocess.Popen:
     options = [f"--{k}={getattr(args, k)}" for k in ("shape", "examples", "tokens", "dtype")]
     script = [sys.executable, "-m", "experiments.benchmarks.fisher"]
     if name.startswith("torch"):
-        script = [args.peer_python, str(Path(__file__).with_name("fisher_torch.py"))]
+        script = [args.peer_python, "-m", "experiments.benchmarks.fisher_torch"]
     worker = subprocess.Popen(
         [*script, *options, f"--worker={name}"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )

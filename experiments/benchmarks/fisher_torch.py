@@ -4,18 +4,12 @@
 """
 
 import math
-import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-
-sys.path.insert(
-    0, str(Path(__file__).resolve().parents[2])
-)  # only for `fisher.py`, which imports no jax here
 
 from experiments.benchmarks.fisher import CLASSES, SHAPES, _arguments, _split, serve
 

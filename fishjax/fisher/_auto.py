@@ -13,9 +13,12 @@ from fishjax.fisher._scores import Scores, of_loss
 from fishjax.leaves import shape_of
 from fishjax.types import Example, LossFn, Params
 
-# Bytes of activations (as `activation_bytes` counts) at which a CPU is fastest: more leaves its caches,
-# fewer leave its matmuls small. Measured: 16 examples of a MiniLM, 4 of a BERT-base, of 128 tokens.
-BEST = {"cpu": 2**31}
+# Bytes of activations (as `activation_bytes` counts) at which a CPU is fastest: 32 times the parameters,
+# within bounds. Fewer pass the parameters too often, more leave the caches. Measured: 16 examples of a
+# MiniLM, 4 of a BERT-base, of 128 tokens; 16 of 32 tokens where the parameters have 0.2 MB (1024 at a time
+# take 2.3 times as long).
+PER_PARAMETER = 32
+LEAST, BEST = 2**24, {"cpu": 2**31}
 # On a CPU batched per-example gradients are the slowest way of all once they leave the caches.
 BEST_REFERENCE = {"cpu": 2**22}
 FRACTION = 0.25  # of an accelerator's memory
@@ -48,8 +51,10 @@ def choose(
         if method == "reference":
             each += 2 * sum(x.size * tree.wide_dtype(x.dtype).itemsize for x in jax.tree.leaves(params))
         else:
+            rows = scores.rows(shape_of(closed.jaxpr.outvars[0]))
+            each *= min(rows, _one_pass.MOST_ROWS_AT_ONCE)  # each has cotangents of its own
             each += sum(math.prod(w.shape) * 4 for w in ways if w.how == "copies")
-        fit = max(1, (memory or _budget(method)) // each)
+        fit = max(1, (memory or _budget(method, params)) // each)
         chunk_size = min(MOST, 2 ** (fit.bit_length() - 1))  # a power of two divides most batches
     return Choice(method, chunk_size, ways if method == "one_pass" else [])
 
@@ -103,10 +108,12 @@ def _itemsize(variable: Any) -> int:
     return getattr(getattr(variable.aval, "dtype", None), "itemsize", 4)
 
 
-def _budget(method: str) -> int:
+def _budget(method: str, params: Params) -> int:
     backend = jax.default_backend()
-    fixed = (BEST if method == "one_pass" else BEST_REFERENCE).get(backend)
-    if fixed:
-        return fixed
+    if method == "reference" and backend in BEST_REFERENCE:
+        return BEST_REFERENCE[backend]
+    if backend in BEST:
+        wanted = PER_PARAMETER * sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(params))
+        return min(BEST[backend], max(LEAST, wanted))
     stats = jax.local_devices()[0].memory_stats() or {}
     return int(FRACTION * stats.get("bytes_limit", 2**34))
