@@ -220,6 +220,18 @@ def test_bad_arguments(args, code, wrong, folder, capsys):
     assert not (folder / "o").exists() and not list(folder.glob("*.partial"))
 
 
+def test_a_full_disk(folder, capsys, monkeypatch):
+    def full(fd, data, offset):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.pwrite", full)
+    for out in ("o", "o.safetensors"):
+        assert cli.main(["merge", "--method", "average", "--out", out, "one", "two"]) == 74
+        error = capsys.readouterr().err
+        assert "No space left" in error and error.count("\n") == 1
+        assert not list(folder.glob("o.*")) and not Path("o").exists()
+
+
 def test_the_command_never_imports_jax(folder):
     code = "import sys; from fishjax import cli; print(cli.main(sys.argv[1:]), 'jax' in sys.modules)"
     for args in (

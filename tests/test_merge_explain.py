@@ -50,6 +50,11 @@ def test_what_is_not_merged_is_named():
     )
     assert found.skipped == {"head": "only in model 0", "ids": "int64"}
     assert found.layers["layers.1"].changed[1] == 0
+    grown = {**MODELS[1], "emb": np.ones((9, 4))}
+    kept = merge.explain(BASE, [MODELS[0], grown], keep=[("^emb", 1)])
+    assert kept.skipped == {"emb": "kept from model 1"} and list(kept.layers) == ["layers.0", "layers.1"]
+    with pytest.raises(errors.StructureError, match=r"`emb` is .*\[7,4\] .*\[9,4\] in model 1.*`keep`"):
+        merge.explain(BASE, [MODELS[0], grown])
     with pytest.raises(errors.StructureError, match=r"`emb`.*model 0"):
         merge.explain(BASE, [{"emb": np.ones(3)}])
 
@@ -69,5 +74,7 @@ def test_two_patches_that_clash_on_the_command_line(tmp_path, capsys, monkeypatc
     assert cli.main([*args, "--fishers", "f", "f"]) == 0
     text = capsys.readouterr().out
     assert "layers.0" in text and "in all" in text and "loss p" in text
+    assert cli.main([*args, "--keep", "layers=1"]) == 0
+    assert "not merged: `layers.0.w` (kept from model 1)" in capsys.readouterr().out
     assert cli.main(["merge", "--explain", "p", "q"]) == 2
     assert "--base" in capsys.readouterr().err

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fishjax import errors, merge, patches, tree
+from fishjax import checkpoint, errors, merge, patches, tree
 
 RNG = np.random.default_rng(0)
 BASE = {
@@ -200,6 +200,28 @@ def test_an_entry_of_one_contributor_needs_the_prior():
     held = merge.resolve(BASE, known, prior=1.0)["a.w"].values
     base = BASE["a"]["w"].reshape(-1)[part["a.w"].indices]
     np.testing.assert_allclose(held, base + 0.75 * (part["a.w"].values - base), rtol=1e-5)
+
+
+def test_a_contribution_that_is_revoked_was_never_merged(tmp_path):
+    """Three files with their Fishers; the merge without the second is, after `subtract`, the same patch."""
+    for i in range(3):
+        precision = {n: np.random.default_rng(i).random(12) for n in ("a.w",)}
+        patch = _sparse(i) | ({"c": _dense(i)["c"]} if i == 1 else {})
+        precision |= {"c": np.ones((5, 4))} if i == 1 else {}
+        checkpoint.save_patch(tmp_path / f"{i}", patch, base=BASE, precision=precision)
+    parts = [
+        merge.information(BASE, checkpoint.load_patch(f)[0], checkpoint.load_precision(f))
+        for f in (tmp_path / f"{i}" for i in range(3))
+    ]
+    left = merge.resolve(BASE, merge.subtract(merge.add(*parts), parts[1]), prior=0.1)
+    never = merge.resolve(BASE, merge.add(parts[0], parts[2]), prior=0.1)
+    assert set(left) == set(never) == {"a.w"}
+    np.testing.assert_array_equal(left["a.w"].indices, never["a.w"].indices)
+    np.testing.assert_array_equal(
+        left["a.w"].values, never["a.w"].values
+    )  # equal to 1e-12, then rounded once
+    merged = merge.resolve(BASE, merge.add(*parts), prior=0.1)
+    assert set(merged) == {"a.w", "c"} and merged["a.w"].indices.size > left["a.w"].indices.size
 
 
 def test_what_has_no_precision_is_refused():

@@ -62,6 +62,16 @@ def test_merges_that_do_nothing_are_found():
     assert fine.warnings == []
 
 
+def test_merges_that_are_not_what_was_asked_are_found():
+    look = {"parents": MODELS[:2], "select": NEAR, "points": 3, "probe": lambda p: p["w"]}
+    assert search.grid(MEAN, **look).warnings == []
+    swapped = search.grid(lambda w: MEAN(w[::-1]), **look)
+    assert swapped.warnings == [
+        "the merge with weights (0.0, 1.0) does not give the outputs of parent 1",
+        "the merge with weights (1.0, 0.0) does not give the outputs of parent 0",
+    ]
+
+
 def test_bad_searches():
     with pytest.raises(errors.UsageError, match="NaN"):
         search.uniform(MODELS, select=lambda p: float("nan"))

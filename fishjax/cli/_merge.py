@@ -81,7 +81,8 @@ def _explain(args: argparse.Namespace) -> None:
     if args.base is None or not args.paths:
         raise UsageError("--explain wants --base BASE and models, or patches for it")
     weights = None if args.weights is None else [_number(text) for text in args.weights]
-    found = _explain.explain_files(args.base, args.paths, fishers=args.fishers, weights=weights)
+    keep = [_keep(pair) for pair in args.keep]
+    found = _explain.explain_files(args.base, args.paths, fishers=args.fishers, weights=weights, keep=keep)
     if args.json:
         layers = {layer: clash._asdict() for layer, clash in found.layers.items()}
         print(json.dumps({"layers": layers, "total": found.total._asdict(), "skipped": found.skipped}))

@@ -10,6 +10,7 @@ import numpy as np
 from fishjax import tree
 from fishjax.errors import StructureError, UsageError
 from fishjax.merge._rule import check_weights, is_inexact
+from fishjax.merge._trees import Keep, kept_leaves
 from fishjax.types import Array, Fisher, Params
 
 _LAYER = re.compile(r"^(.*?\.\d+)\.")
@@ -40,6 +41,7 @@ def explain(
     *,
     fishers: Sequence[Fisher] | None = None,
     weights: Any = None,
+    keep: Keep | None = None,
 ) -> Conflicts:
     """Say where models that came from one base clash, and what a merge would cost each of them.
 
@@ -50,13 +52,15 @@ def explain(
         is that by Fisher (floor 1e-6), else no loss is predicted. A diagonal sees no correlations:
         take it as an order, not as a measurement.
       weights: of the merge, one a model, 1 each by default.
+      keep: ordered `(regex of a leaf's name, i)`: leaves taken whole from model i, as in `average`; they
+        are not counted but named, and their shapes need not agree (a head, a grown vocabulary).
 
     Returns:
       Counts for each layer (what its leaves have in common up to the first number), and in all.
 
     Raises:
       StructureError: a leaf's shape is not that of the base.
-      UsageError: wrong numbers of Fishers or weights.
+      UsageError: wrong numbers of Fishers or weights; a rule of `keep` that matches nothing.
 
     >>> import numpy as np
     >>> base = {"w": np.zeros(4)}
@@ -70,7 +74,7 @@ def explain(
         raise UsageError(f"`fishers` must be one for each of the {n} models; got {len(fishers)}")
     tuned = [tree.flatten(m) for m in models]
     known = [tree.flatten(f) for f in fishers] if fishers is not None else None
-    return _conflicts(flat, tuned, known, numbers)
+    return _conflicts(flat, tuned, known, numbers, keep)
 
 
 def explain_files(
@@ -79,6 +83,7 @@ def explain_files(
     *,
     fishers: Sequence[str | os.PathLike] | None = None,
     weights: Any = None,
+    keep: Keep | None = None,
 ) -> Conflicts:
     """Do what `explain` does for files: models, or patches for the base. Needs no jax.
 
@@ -98,7 +103,7 @@ def explain_files(
                 f"`fishers` must be one for each of the {len(inputs)} models; got {len(fishers)}"
             )
         known = [stack.enter_context(open_params(f)) for f in fishers] if fishers is not None else None
-        return _conflicts(origin, tuned, known, check_weights(weights, len(inputs)))
+        return _conflicts(origin, tuned, known, check_weights(weights, len(inputs)), keep)
 
 
 def table(found: Conflicts, names: Sequence[str]) -> str:
@@ -132,10 +137,15 @@ def _conflicts(
     tuned: Sequence[Mapping[str, Array]],
     fishers: Sequence[Mapping[str, Array]] | None,
     weights: Sequence[float],
+    keep: Keep | None,
 ) -> Conflicts:
+    kept = kept_leaves(tuned, keep)
     layers: dict[str, list[_Sums]] = {}
     skipped: dict[str, str] = {}
     for name in sorted({*base, *(n for m in tuned for n in m)}):
+        if name in kept:
+            skipped[name] = f"kept from model {kept[name]}"
+            continue
         if name not in base:
             skipped[name] = f"only in model {next(i for i, m in enumerate(tuned) if name in m)}"
             continue
@@ -146,7 +156,7 @@ def _conflicts(
             if name in m and tuple(m[name].shape) != tuple(base[name].shape):
                 raise StructureError(
                     f"`{name}` is {tree.describe(base[name])} in the base "
-                    f"and {tree.describe(m[name])} in model {i}"
+                    f"and {tree.describe(m[name])} in model {i}; take it from one model by `keep`"
                 )
         layer = found[1] if (found := _LAYER.match(name)) else name
         layers.setdefault(layer, []).append(_sums(name, base, tuned, fishers, weights))

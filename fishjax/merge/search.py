@@ -147,8 +147,8 @@ def among(
       select: the score that decides: on data held out from training and from every report.
       reports: further scores by name (the tasks that were merged, and others that were not), taken of
         the chosen merge and of each parent only.
-      probe: params -> outputs on a fixed batch; with it a merge that equals a parent, and one that
-        differs from what its weights ask for, are warned about.
+      probe: params -> outputs on a fixed batch; with it a merge that equals a parent is warned about,
+        and so is one that was asked for a parent alone (weight 1, all others 0) and is something else.
 
     Raises:
       UsageError: no candidates, or weights of another number than there are parents; `select` is one of
@@ -168,9 +168,15 @@ def among(
                 f"weights must be one for each of the {len(parents)} parents; got {len(weights)}"
             )
     best: tuple[float, tuple[float, ...], Params] | None = None
-    trials = []
+    trials, warnings = [], []
     for weights in candidates:
         params = merge(weights)
+        if probe is not None and sorted(weights) == [0.0] * (len(parents) - 1) + [1.0]:
+            i = list(weights).index(1)
+            if not np.allclose(probe(params), probe(parents[i]), rtol=1e-4, atol=1e-5):
+                warnings.append(
+                    f"the merge with weights {tuple(weights)} does not give the outputs of parent {i}"
+                )
         trials.append(Trial(tuple(weights), _score(select, params)))
         if best is None or trials[-1].score > best[0]:
             best = trials[-1].score, trials[-1].weights, params
@@ -180,7 +186,8 @@ def among(
             raise UsageError(
                 f"report `{name}` is the score that selects; report on data that was not chosen by"
             )
-    return _chosen(best[1], best[2], trials, parents, reports=reports, probe=probe)
+    choice = _chosen(best[1], best[2], trials, parents, reports=reports, probe=probe)
+    return choice._replace(warnings=[*warnings, *choice.warnings])
 
 
 def _chosen(
