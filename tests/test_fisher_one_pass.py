@@ -360,7 +360,7 @@ def test_half_precision_squares_in_float32():
         assert float(jnp.linalg.norm(got[name] - want[name])) <= 0.05 * scale + 1e-12, name
 
 
-def test_explain_names_the_way_of_each_leaf():
+def test_explain_names_the_way_of_each_leaf(limits):
     logits, params, batch = encoder(layers=1)
     example = jax.tree.map(lambda x: x[0], batch)
     loss = lambda p, e: -jax.nn.log_softmax(logits(p, e))[e["y"]]
@@ -373,8 +373,14 @@ def test_explain_names_the_way_of_each_leaf():
     def tied(p, e):
         return loss(p, e) + jnp.sum(jnp.sin(jnp.take(p["token"], e["ids"], axis=0) @ p["token"].T))
 
-    (line,) = (x for x in fisher.explain(tied, params, example).splitlines() if x.startswith("token"))
-    assert "copies" in line and "shared: rows, dot_general" in line
+    def way_of_token():
+        (line,) = (x for x in fisher.explain(tied, params, example).splitlines() if x.startswith("token"))
+        return line.split()[3:]
+
+    shared = ["shared:", "rows,", "dot_general"]
+    assert way_of_token() == ["copies", *shared]
+    limits(few=0)  # as if it were large
+    assert way_of_token() == ["hub", *shared]
 
 
 def test_explain_on_linen_and_nnx():

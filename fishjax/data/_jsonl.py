@@ -1,6 +1,5 @@
 """Read examples for a language model from a file of JSON lines."""
 
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -8,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from fishjax.data._choices import encode_choices
+from fishjax.data._lines import json_lines
 from fishjax.data._templates import Question, Template, render_all
 from fishjax.errors import FileFormatError
 from fishjax.models import Model, load_tokenizer, pad
@@ -64,13 +64,7 @@ def load_jsonl(
 
 def _rows(path: Path, problem_of: Callable[[Any, Any], str | None]) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise FileFormatError(f"`{path}`, line {number}, is not JSON: {error}") from None
+    for number, row in json_lines(path):
         if problem := problem_of(row, rows[0] if rows else row):
             raise FileFormatError(f"`{path}`, line {number}: {problem}")
         rows.append(row)

@@ -7,13 +7,13 @@
 For kinds `inv` and `dir`, `changed` is the altered text. The model's own tokenizer.json encodes it.
 """
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from fishjax.data._lines import json_lines
 from fishjax.errors import FileFormatError, UsageError
 from fishjax.vet._packs import Pack, pack
 
@@ -46,13 +46,7 @@ def load_text_pack(path: str | Path, *, model: str | Path | None) -> Pack:
 def _rows(path: Path) -> tuple[list[dict[str, Any]], dict[str, str]]:
     rows: list[dict[str, Any]] = []
     about: dict[str, str] = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise FileFormatError(f"`{path}`, line {number}, is not JSON: {error}") from None
+    for number, row in json_lines(path):
         if number == 1 and isinstance(row, dict) and set(row) == {"pack"} and isinstance(row["pack"], dict):
             about = row["pack"]
             continue
