@@ -435,6 +435,24 @@ def test_auto_sizes_the_micro_batch_by_parameters_rows_and_memory():
     ]
 
 
+def test_a_use_that_is_not_reached_keeps_the_total():
+    """The squares of `w` start from the total; a branch not taken must not lose it."""
+
+    def loss(p, x):
+        return jnp.sum(x) * p["gate"] + lax.cond(
+            p["gate"] > 0, lambda w: jnp.sum(x @ w), lambda w: 0.0, p["w"]
+        )
+
+    estimator = fisher.empirical(loss, method="one_pass", chunk_size=2)
+    params = {"gate": jnp.float32(1), "w": jnp.ones((3, 2))}
+    x = np.random.default_rng(0).normal(size=(4, 5, 3)).astype(np.float32)
+    update = jax.jit(estimator.update, compiler_options=QUICK)
+    reached = update(estimator.init(params), params, x)
+    assert bool(jnp.all(reached.total["w"] > 0))
+    after = update(reached, {**params, "gate": jnp.float32(-1)}, x)
+    np.testing.assert_array_equal(after.total["w"], reached.total["w"])
+
+
 def test_a_while_loop_goes_the_reference_way():
     def loss(p, x):
         stop = lax.while_loop(lambda w: w.sum() < 0, lambda w: w + 1, p["w"])
