@@ -23,6 +23,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--seed", type=int, default=0, help="of sampling")
     parser.add_argument("--dtype", help="cast the weights, for instance to bfloat16")
+    parser.add_argument(
+        "--quantise",
+        metavar="FORMAT",
+        help="keep the weights in int8, int4 or nf4; without patches one tensor at a time is in floats",
+    )
     parser.add_argument("--ids", action="store_true", help="prompts and results are token ids: '3 1 4'")
     parser.add_argument("--json", action="store_true", help="for machines")
 
@@ -33,11 +38,13 @@ def run(args: argparse.Namespace) -> None:
     from fishjax import models
     from fishjax.errors import UsageError
 
-    model, params = models.load(args.model)
+    # A patch is made for the weights of the file; these are cast and quantised when it has been checked.
+    how = {"dtype": _dtype(args.dtype), "quantise": args.quantise}
+    model, params = models.load(args.model, **({} if args.patch else how))
     if model.generate is None:
         raise UsageError(f"`{args.model}` is a `{model.family}` without a decoder; it cannot generate")
     tokenizer = None if args.ids else models.load_tokenizer(args.model, model)
-    params, patch = _patched(args, model, params)
+    params, patch = _patched(args, model, params, **how) if args.patch else (params, None)
     if tokenizer is None:
         try:
             batch = models.pad([[int(i) for i in p.replace(",", " ").split()] for p in args.prompt], model)
@@ -63,12 +70,13 @@ def run(args: argparse.Namespace) -> None:
         )
 
 
-def _patched(args: argparse.Namespace, model: Any, params: Any) -> tuple[Any, Any]:
+def _patched(
+    args: argparse.Namespace, model: Any, params: Any, dtype: Any, quantise: str | None
+) -> tuple[Any, Any]:
     """Return parameters, with the one patch for all prompts in them, and the choice of one for each."""
     import jax
-    import jax.numpy as jnp
 
-    from fishjax import patches
+    from fishjax import leaves, patches
     from fishjax.errors import UsageError
 
     if len(args.patch) > 1 and len(args.patch) != len(args.prompt):
@@ -84,14 +92,24 @@ def _patched(args: argparse.Namespace, model: Any, params: Any) -> tuple[Any, An
     elif made:
         ids = [-1 if p == "none" else paths.index(p) for p in args.patch]
         selected = patches.select(patches.stack(made), ids)
-    if args.dtype is None:
-        return params, selected
+    if dtype is not None:
+        params = jax.tree.map(lambda x: x.astype(dtype), params)
+    return params if quantise is None else leaves.quantise(params, quantise), selected
+
+
+def _dtype(name: str | None) -> Any:
+    import jax.numpy as jnp
+
+    from fishjax.errors import UsageError
+
+    if name is None:
+        return None
     try:
-        dtype = jnp.dtype(args.dtype)
+        dtype = jnp.dtype(name)
         assert jnp.issubdtype(dtype, jnp.floating)
     except (TypeError, AssertionError):
-        raise UsageError(f"--dtype must be a floating dtype such as bfloat16; got `{args.dtype}`") from None
-    return jax.tree.map(lambda x: x.astype(dtype), params), selected
+        raise UsageError(f"--dtype must be a floating dtype such as bfloat16; got `{name}`") from None
+    return dtype
 
 
 def _load(path: str, model: Any, params: Any) -> Any:

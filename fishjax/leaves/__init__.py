@@ -2,6 +2,8 @@
 
 interpret(fn)(params, ...)   any JAX function, unchanged, on params that hold leaves
 Scaled, LowRank              weights kept as a base and small factors, never formed
+Quantised, quantised(w)      weights in eight or four bits, formed piece by piece
+quantise(params, to)         all matrices of a tree
 materialised(fn)(...)        which leaves had to be formed after all, and why
 """
 
@@ -30,6 +32,8 @@ from fishjax.leaves._interpreter import (
     shape_of,
     trace,
 )
+from fishjax.leaves._quantise import quantise, quantiser
+from fishjax.leaves._quantised import Quantised, quantised
 from fishjax.leaves._structure import is_row_take, regroup
 
 __all__ = [
@@ -38,6 +42,7 @@ __all__ = [
     "LowRank",
     "OnMaterialise",
     "Path",
+    "Quantised",
     "Scaled",
     "Traced",
     "array",
@@ -52,6 +57,9 @@ __all__ = [
     "is_row_take",
     "materialised",
     "noted",
+    "quantise",
+    "quantised",
+    "quantiser",
     "regroup",
     "scan_parts",
     "shape_of",

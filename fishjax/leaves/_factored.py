@@ -13,8 +13,8 @@ import jax
 import jax.numpy as jnp
 
 from fishjax import tree
-from fishjax.leaves._interpreter import Equation, array, carry_out, shape_of
-from fishjax.leaves._structure import STRUCTURAL, Shape, is_row_take
+from fishjax.leaves._interpreter import Equation, array, carry_out
+from fishjax.leaves._structure import STRUCTURAL, Dims, Shape, is_row_take, only, to_float
 from fishjax.types import Array
 
 
@@ -49,7 +49,7 @@ class Scaled:
     def meet(self, equation: Equation, values: dict, variable: Any) -> list[Any] | None:
         """Answer an equation; None where the weight has to be formed."""
         operands = equation.operands(values)
-        if (at := _only(operands, self)) is None:
+        if (at := only(operands, self)) is None:
             return None
         if equation.name in STRUCTURAL:
             scale = STRUCTURAL[equation.name](self.scale, self.shape, equation.params, operands)
@@ -58,7 +58,7 @@ class Scaled:
             return [dataclasses.replace(self, w=w, scale=s) for w, s in zip(bases, scale)]
         if equation.name == "dot_general":
             return self._dot(equation, operands, values, variable, at)
-        cast = equation.name == "convert_element_type" and _to_float(equation)
+        cast = equation.name == "convert_element_type" and to_float(equation)
         if not (cast or is_row_take(equation)):
             return None
         if (bases := carry_out(equation, values, variable, self.w)) is None:
@@ -68,7 +68,7 @@ class Scaled:
         return [_times(bases[0], _rows(self.scale, operands[1][..., 0]))]
 
     def _dot(self, equation, operands, values, variable, at):
-        x, dims = operands[1 - at], _Dims.of(equation, at)
+        x, dims = operands[1 - at], Dims.of(equation, at)
         full = {d for d, n in enumerate(self.scale.shape) if n != 1}
         other = equation.eqn.invars[1 - at]
         if full <= set(dims.to_x) and not hasattr(other, "val"):  # contracted axes: scale what comes in
@@ -116,7 +116,7 @@ class LowRank:
     def meet(self, equation: Equation, values: dict, variable: Any) -> list[Any] | None:
         """Answer an equation; None where the weight has to be formed."""
         operands = equation.operands(values)
-        if (at := _only(operands, self)) is None:
+        if (at := only(operands, self)) is None:
             return None
         if equation.name in STRUCTURAL:
             rule = STRUCTURAL[equation.name]
@@ -125,7 +125,7 @@ class LowRank:
             if a is None or b is None or (bases := carry_out(equation, values, variable, self.w)) is None:
                 return None
             return [dataclasses.replace(self, w=w, a=a, b=b) for w, a, b in zip(bases, a, b)]
-        cast = equation.name == "convert_element_type" and _to_float(equation)
+        cast = equation.name == "convert_element_type" and to_float(equation)
         if not (cast or equation.name == "dot_general" or is_row_take(equation)):
             return None
         if (bases := carry_out(equation, values, variable, self.w)) is None:
@@ -141,7 +141,7 @@ class LowRank:
 
     def _dot(self, equation, x, at, y):
         """Add `(x a) b` to the base's product y; einsum finds the order, whatever is contracted."""
-        dims = _Dims.of(equation, at)
+        dims = Dims.of(equation, at)
         of_x = [f"x{d}" for d in range(x.ndim)]
         of_w = [f"w{d}" for d in range(len(self.shape))]
         for d, e in dims.to_x.items():
@@ -155,37 +155,6 @@ class LowRank:
         operands = [(x, of_x), (a, [*of_w, "r"]), (b, [*of_w, "r"])]
         delta = _einsum(operands, of_y, tree.wide_dtype(x.dtype), equation.params["precision"])
         return _plus(y, self.scale * delta)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Dims:
-    """Where the axes of a dot_general's weight and of its other operand x go."""
-
-    to_x: dict[int, int]  # contracted and batch axes of w -> axes of x
-    to_y: dict[int, int]  # free and batch axes of w -> axes of the result
-    x_to_y: dict[int, int]  # free and batch axes of x -> axes of the result
-
-    @staticmethod
-    def of(equation: Equation, at: int) -> "_Dims":
-        contract, batch = equation.params["dimension_numbers"]
-        ndims = [len(shape_of(v)) for v in equation.eqn.invars]
-        free = [[d for d in range(ndims[s]) if d not in (*contract[s], *batch[s])] for s in (0, 1)]
-        ends = [
-            {d: i for i, d in enumerate([*batch[0], *free[0]])},
-            {d: i + (len(free[0]) if i >= len(batch[1]) else 0) for i, d in enumerate([*batch[1], *free[1]])},
-        ]
-        pairs = dict(zip((*contract[at], *batch[at]), (*contract[1 - at], *batch[1 - at]), strict=True))
-        return _Dims(pairs, ends[at], ends[1 - at])
-
-
-def _only(operands: Sequence[Any], leaf: Any) -> int | None:
-    """Return the leaf's one position, or None if it stands in several."""
-    places = [i for i, x in enumerate(operands) if x is leaf]
-    return places[0] if len(places) == 1 else None
-
-
-def _to_float(equation: Equation) -> bool:
-    return jnp.issubdtype(equation.params["new_dtype"], jnp.floating)
 
 
 def _stacked(w: Any, length: int) -> Any:

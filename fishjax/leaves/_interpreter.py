@@ -75,7 +75,7 @@ def interpret(fn: Callable[..., Any], on_materialise: OnMaterialise | None = Non
     """Return `fn` made to accept leaves in the place of arrays, anywhere in its arguments.
 
     What is no array (a string, a bool, None) reaches `fn` as it is. Like a function under `jit`, `fn`
-    sees tracers; the result works under jit, grad, vmap, scan and remat.
+    sees tracers; the result works under jit, grad, vmap, scan and remat. Without leaves it is `fn`.
 
     Args:
       fn: any JAX function.
@@ -89,8 +89,10 @@ def interpret(fn: Callable[..., Any], on_materialise: OnMaterialise | None = Non
     """
 
     def run(*args, **kwargs):
-        traced = trace(fn, *args, **kwargs)
         values = arrays_of((args, kwargs))
+        if not any(map(is_leaf, values)):
+            return fn(*args, **kwargs)
+        traced = trace(fn, *args, **kwargs)
         outputs = evaluate(traced.jaxpr, traced.consts, values, on_materialise=on_materialise)
         return jax.tree.unflatten(jax.tree.structure(traced.out), _arrays(outputs))
 

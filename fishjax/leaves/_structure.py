@@ -1,6 +1,8 @@
-"""What the equations that only move the entries of an array do to a factor that is broadcast over it."""
+"""What is known of an equation that meets a weight: what it does to a factor, where its axes go."""
 
-from collections.abc import Callable
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -10,6 +12,39 @@ from fishjax.leaves._interpreter import Equation, shape_of
 from fishjax.types import Array
 
 Shape = tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Dims:
+    """Where the axes of a dot_general's weight and of its other operand x go."""
+
+    to_x: dict[int, int]  # contracted and batch axes of w -> axes of x
+    to_y: dict[int, int]  # free and batch axes of w -> axes of the result
+    x_to_y: dict[int, int]  # free and batch axes of x -> axes of the result
+
+    @staticmethod
+    def of(equation: Equation, at: int) -> "Dims":
+        """Read them off an equation whose operand `at` is the weight."""
+        contract, batch = equation.params["dimension_numbers"]
+        ndims = [len(shape_of(v)) for v in equation.eqn.invars]
+        free = [[d for d in range(ndims[s]) if d not in (*contract[s], *batch[s])] for s in (0, 1)]
+        ends = [
+            {d: i for i, d in enumerate([*batch[0], *free[0]])},
+            {d: i + (len(free[0]) if i >= len(batch[1]) else 0) for i, d in enumerate([*batch[1], *free[1]])},
+        ]
+        pairs = dict(zip((*contract[at], *batch[at]), (*contract[1 - at], *batch[1 - at]), strict=True))
+        return Dims(pairs, ends[at], ends[1 - at])
+
+
+def only(operands: Sequence[Any], leaf: Any) -> int | None:
+    """Return the leaf's one position, or None if it stands in several."""
+    places = [i for i, x in enumerate(operands) if x is leaf]
+    return places[0] if len(places) == 1 else None
+
+
+def to_float(equation: Equation) -> bool:
+    """Say whether a convert_element_type is to floats."""
+    return jnp.issubdtype(equation.params["new_dtype"], jnp.floating)
 
 
 def is_row_take(equation: Equation) -> bool:

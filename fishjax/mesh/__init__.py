@@ -9,6 +9,7 @@ Functions of the other rooms run on such parameters unchanged, under `jax.jit` w
 
 from fishjax.mesh._connect import connect
 from fishjax.mesh._constrain import constrain
+from fishjax.mesh._pipeline import Pipeline, pipelined, staged
 from fishjax.mesh._rules import rules
 from fishjax.mesh._shard import (
     AnyMesh,
@@ -23,12 +24,15 @@ from fishjax.mesh._shard import (
     shard_batch,
     shardings,
 )
+from fishjax.mesh._stages import Stage, stages
 from fishjax.mesh._table import Row, Table, table
 
 __all__ = [
     "AnyMesh",
+    "Pipeline",
     "Row",
     "SpecRules",
+    "Stage",
     "Table",
     "batch_axes",
     "connect",
@@ -37,10 +41,13 @@ __all__ = [
     "gather",
     "make",
     "mesh_of",
+    "pipelined",
     "rules",
     "shard",
     "shard_batch",
     "shapes_of",
     "shardings",
+    "staged",
+    "stages",
     "table",
 ]

@@ -203,6 +203,8 @@ def _placed(tree_: Any, where: Mapping[str, Any]) -> Any:
     mesh = next(iter(where.values()))[0].mesh
 
     def place(path: str, x: Any) -> Any:
+        if hasattr(x, "shardings") and path in where:
+            return jax.tree.map(_put, x, x.shardings(where[path][0]))
         if leaves.is_leaf(x):
             return jax.tree.map(lambda part: place(path, part), x)
         sharding, rank = where.get(_owner(path, where), (None, 0))
@@ -229,7 +231,7 @@ def _of(params: Params) -> dict[str, tuple[NamedSharding, int]]:
     whole, names = jax.tree.leaves(params, is_leaf=leaves.is_leaf), tree.names(shapes_of(params))
     for name, leaf in zip(names, whole, strict=True):
         rank = len(leaf.shape)
-        for x in jax.tree.leaves(leaf):
+        for x in [leaf] if hasattr(leaf, "shardings") else jax.tree.leaves(leaf):
             sharding = getattr(x, "sharding", None)
             if isinstance(sharding, NamedSharding) and len(x.shape) == rank:
                 spec = PartitionSpec(*sharding.spec, *[None] * (rank - len(sharding.spec)))

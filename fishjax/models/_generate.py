@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from fishjax import patches, tree
+from fishjax import leaves, patches, tree
 from fishjax.errors import UsageError
 from fishjax.models._layers import make_keys
 from fishjax.models._model import end_ids, subtree
@@ -41,6 +41,7 @@ def make(
         return jnp.isin(token, jnp.asarray(ends, jnp.int32)) if ends else jnp.zeros(token.shape, bool)
 
     @partial(jax.jit, static_argnames="steps")
+    @leaves.interpret
     def run(
         params: Params, patch: Any, batch: Batch, temperature: Array, key: Array | None, *, steps: int
     ) -> Array:

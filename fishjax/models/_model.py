@@ -37,6 +37,8 @@ WRONG_TYPES = (TypeError, ValueError, AttributeError, KeyError, IndexError, Arit
 class Model(NamedTuple):
     """A family's pure functions for one config; nothing here holds parameters.
 
+    Parameters may be leaves that are no arrays (`leaves.quantise`), in all functions.
+
     Fields:
       family: the `model_type` of config.json.
       config: the content of config.json.
@@ -104,7 +106,7 @@ def _build(text: str, names: frozenset[str] | None) -> Model:
     family = config["model_type"]
     builder = importlib.import_module(FAMILIES[family]).build
     try:
-        return builder(config, names)
+        return _on_leaves(builder(config, names))
     except FishjaxError:
         raise
     except WRONG_TYPES as error:
@@ -113,7 +115,27 @@ def _build(text: str, names: frozenset[str] | None) -> Model:
         ) from None
 
 
-def load(folder: str | Path, *, dtype: Any = None, shardings: Any = None) -> tuple[Model, Params]:
+def _on_leaves(model: Model) -> Model:
+    """Make a family's functions take parameters that are leaves."""
+    import jax
+
+    from fishjax import leaves
+
+    jitted = jax.jit(leaves.interpret(model.apply))
+
+    def apply(params: Params, batch: Batch) -> Array:
+        with_leaves = any(map(leaves.is_leaf, jax.tree.leaves(params, is_leaf=leaves.is_leaf)))
+        return (jitted if with_leaves else model.apply)(params, batch)
+
+    parts: dict[str, Any] = {
+        n: leaves.interpret(fn) for n in ("embed", "block", "head") if (fn := getattr(model, n))
+    }
+    return model._replace(apply=apply, **parts)
+
+
+def load(
+    folder: str | Path, *, dtype: Any = None, shardings: Any = None, quantise: Any = None
+) -> tuple[Model, Params]:
     """Read a model folder (config.json beside safetensors) into a model and its parameters.
 
     Tensors are mapped, cast and placed one after another, so little more than the model is held.
@@ -123,9 +145,11 @@ def load(folder: str | Path, *, dtype: Any = None, shardings: Any = None) -> tup
       dtype: cast the parameters to this floating dtype; None keeps each tensor's own.
       shardings: where each leaf goes, `{name: jax.sharding.Sharding}`, one sharding for all, or a function
         `(model, shapes) -> {name: Sharding}`. Each process of several reads its own parts.
+      quantise: "int8", "int4", "nf4" or rules, as for `leaves.quantise`; of what is quantised one tensor at
+        a time is held in floats.
 
     Raises:
-      UsageError: no such folder, no config.json, or an unknown architecture.
+      UsageError: no such folder, no config.json, or an unknown architecture; a wrong `quantise`.
       FileFormatError: a malformed file.
       StructureError: missing, extra or wrongly shaped tensors, each named.
 
@@ -140,7 +164,7 @@ def load(folder: str | Path, *, dtype: Any = None, shardings: Any = None) -> tup
     """
     import jax
 
-    from fishjax import checkpoint, tree
+    from fishjax import checkpoint, leaves, tree
     from fishjax.checkpoint._links import check_links
     from fishjax.checkpoint._orbax import is_orbax, load_orbax, orbax_specs
 
@@ -166,19 +190,27 @@ def load(folder: str | Path, *, dtype: Any = None, shardings: Any = None) -> tup
         if orbax:
             found = tree.flatten(load_orbax(folder, kept, dtype=dtype, shardings=shardings))
 
+        make = None if quantise is None else leaves.quantiser(quantise, {n: specs[n] for n in kept})
         here: Any = jax.config
         wide, device = here.jax_enable_x64, here.jax_default_device  # each thread has its own
 
-        def place(name: str) -> Array:
+        def place(name: str) -> Any:
             leaf = found.pop(name) if orbax else found[name]
             leaf = leaf if dtype is None else leaf.astype(jax.numpy.dtype(dtype))
             where = shardings.get(name) if isinstance(shardings, Mapping) else shardings
             with jax.enable_x64(wide), jax.default_device(device):
                 if where is not None and not where.is_fully_addressable:
-                    return jax.make_array_from_callback(leaf.shape, where, lambda index: leaf[index])
-                return jax.device_put(leaf, where).block_until_ready()  # before the next one is mapped
+                    leaf = jax.make_array_from_callback(leaf.shape, where, lambda index, x=leaf: x[index])
+                else:
+                    leaf = jax.device_put(leaf, where)
+                if make is not None:
+                    leaf = make(name, leaf)
+                    if leaves.is_leaf(leaf) and isinstance(where, jax.sharding.NamedSharding):
+                        leaf = jax.device_put(leaf, leaf.shardings(where))
+                return jax.block_until_ready(leaf)  # before the next one is mapped
 
-        with ThreadPoolExecutor(2) as pool:  # one copies while the other takes new memory
+        # One copies while the other takes new memory; floats that are quantised come one by one.
+        with ThreadPoolExecutor(2 if make is None else 1) as pool:
             return model, tree.nest(dict(zip(kept, pool.map(place, kept), strict=True)))
 
 

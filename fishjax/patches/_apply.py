@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 
 import jax
 
-from fishjax import tree
+from fishjax import leaves, tree
 from fishjax.errors import StructureError, UsageError
 from fishjax.types import Params, Patch
 
@@ -13,7 +13,8 @@ def apply(params: Params, patch: Patch) -> Params:
     """Return the patched parameters; pure, jit-able and differentiable in the patch.
 
     Args:
-      params: the base, any pytree with leaves `[*p]`; dtypes and shapes are kept.
+      params: the base, any pytree with leaves `[*p]`; dtypes and shapes are kept. A quantised leaf that
+        the patch changes becomes an array.
       patch: `{leaf name: kind}`.
 
     Raises:
@@ -26,11 +27,11 @@ def apply(params: Params, patch: Patch) -> Params:
     Array([1., 9.], dtype=float32)
     """
     check(params, patch)
-    leaves = tree.flatten(params)
+    flat = tree.flatten(params)
     folded: dict = {}
     for name, kind in patch.items():
-        folded |= kind.fold(name, leaves)
-    return tree.rebuild(params, {**leaves, **folded})
+        folded |= kind.fold(name, {n: leaves.array(flat[n]) for n in touched({name: kind})})
+    return tree.rebuild(params, {**flat, **folded})
 
 
 def compose(params: Params, patches: Sequence[Patch]) -> Params:
@@ -57,12 +58,12 @@ def check(params: Params, patch: Patch) -> None:
         raise UsageError(
             f"a patch is {{leaf name: kind}}; got {type(patch).__name__}, see `patches.unfolded`"
         )
-    leaves = tree.flatten(params)
+    flat = tree.flatten(params)
     seen: dict[str, str] = {}
     for name, kind in patch.items():
-        if name not in leaves:
+        if name not in flat:
             raise StructureError(f"the patch changes `{name}`, which the base does not have")
-        if problem := kind.problem(name, leaves):
+        if problem := kind.problem(name, flat):
             raise StructureError(f"the patch of `{name}` does not fit the base: {problem}")
         for other in touched({name: kind}):
             if other in seen:
