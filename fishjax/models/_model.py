@@ -200,7 +200,7 @@ def load(
             where = shardings.get(name) if isinstance(shardings, Mapping) else shardings
             with jax.enable_x64(wide), jax.default_device(device):
                 if where is not None and not where.is_fully_addressable:
-                    leaf = jax.make_array_from_callback(leaf.shape, where, lambda index, x=leaf: x[index])
+                    leaf = jax.make_array_from_callback(leaf.shape, where, leaf.__getitem__)
                 else:
                     leaf = jax.device_put(leaf, where)
                 if make is not None:
