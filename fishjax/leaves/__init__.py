@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 
+from fishjax.leaves._codec import FORMATS
 from fishjax.leaves._factored import LowRank, Scaled
 from fishjax.leaves._interpreter import (
     CALLS,
@@ -38,6 +39,7 @@ from fishjax.leaves._structure import is_row_take, regroup
 
 __all__ = [
     "CALLS",
+    "FORMATS",
     "Equation",
     "LowRank",
     "OnMaterialise",
