@@ -10,6 +10,8 @@ from jax import lax
 
 from fishjax import fisher, tree
 from fishjax.fisher import _auto, _one_pass, _scores, _squares
+from fishjax import fisher, models, tree
+from fishjax.fisher import _one_pass, _squares
 
 B, T, D = 3, 5, 4
 QUICK = {
@@ -480,3 +482,20 @@ def test_memory_bounds_the_micro_batch_and_does_not_grow_with_examples():
     assert small < temporary(many) / 4
     held = sum(x.nbytes for x in jax.tree.leaves(params))
     assert small <= 2 * held + 2**21
+
+
+def test_many_classes_of_a_wide_layer_are_exact_in_float32():
+    """XLA on a CPU once fused the sum over rows of small leaves into wrong numbers, only at such sizes."""
+    model = models.build({"model_type": "fishjax_digits", "hidden_size": 96, "num_hidden_layers": 1})
+    params = model.init(jax.random.key(0))
+    batch = {"image": jax.random.uniform(jax.random.key(1), (64, 8, 8))}
+    totals = {}
+    for method in ("one_pass", "reference"):
+        estimator = fisher.exact(
+            lambda p, x: model.apply(p, {"image": x["image"][None]})[0], method=method, chunk_size=64
+        )
+        totals[method] = fisher.estimate(estimator, params, [batch])
+    for name, want in tree.flatten(totals["reference"]).items():
+        if "key.bias" not in name:  # exactly zero but for rounding
+            error = jnp.linalg.norm(tree.flatten(totals["one_pass"])[name] - want) / jnp.linalg.norm(want)
+            assert error < 1e-5, name

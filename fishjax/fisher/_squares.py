@@ -77,8 +77,10 @@ def add_squares(equation: Equation, at: Any, op: Callable, start: Array, w: Arra
     one = of_one(op, start.dtype)
 
     def of_rows(g, *xs):
-        each = [one(w, [x[k] for x in g], *xs) for k in range(rows)]  # few: `MOST_ROWS_AT_ONCE`
-        return functools.reduce(jnp.add, each)
+        if rows * w.size > held():  # few (`MOST_ROWS_AT_ONCE`); a batched matmul is slow on a CPU
+            return functools.reduce(jnp.add, [one(w, [x[k] for x in g], *xs) for k in range(rows)])
+        # Not unrolled: XLA fuses a sum of slices under a `vmap` into wrong numbers on a CPU (jaxlib 0.10.2).
+        return jax.vmap(lambda g: one(w, g, *xs))(g).sum(0)
 
     return add_over_examples(of_rows, (0, *axes), size, rows * w.size)(start, g, *xs)
 
@@ -98,6 +100,11 @@ def square(gradient: Array) -> Array:
     return jnp.square(gradient.astype(tree.wide_dtype(gradient.dtype)))
 
 
+def held() -> int:
+    """Return how many numbers of gradients are best held at a time on this device."""
+    return HELD.get(jax.default_backend(), HELD_ELSEWHERE)
+
+
 def add_over_examples(fn: Callable, axes: tuple[int | None, ...], size: int, each: int) -> Callable:
     """Return `(start, *args) -> start + sum_i fn(i-th of args)`, as many at once as makes sense.
 
@@ -105,7 +112,7 @@ def add_over_examples(fn: Callable, axes: tuple[int | None, ...], size: int, eac
       axes: 0 for arguments with a leading axis of `size` examples, None for the others.
       each: how many numbers are held for one example.
     """
-    most = max(1, HELD.get(jax.default_backend(), HELD_ELSEWHERE) // each)
+    most = max(1, held() // each)
     group = next(n for n in range(min(size, most), 0, -1) if size % n == 0)
 
     def total(start, *args):
