@@ -8,10 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from jax import lax
 
-from fishjax import fisher, tree
-from fishjax.fisher import _auto, _one_pass, _scores, _squares
 from fishjax import fisher, models, tree
-from fishjax.fisher import _one_pass, _squares
+from fishjax.fisher import _auto, _one_pass, _scores, _squares
 
 B, T, D = 3, 5, 4
 QUICK = {
