@@ -24,7 +24,7 @@ import numpy as np
 
 from experiments import tfew_report, tfew_tasks
 from experiments.gin_cli import main
-from fishjax import checkpoint, contribute, data, fisher, masks, models, patches, train
+from fishjax import checkpoint, contribute, data, fisher, masks, models, patches, train, tree
 from fishjax.progress import track
 from fishjax.types import Batch, Params, Patch
 
@@ -66,7 +66,7 @@ def run(
     batch_size: int = 8,
     rows: int = 4000,
     tests: int = 150,
-    base_learning_rate: float = 1e-3,
+    base_learning_rate: float = 4e-2,
     pretrain_learning_rate: float = 3e-3,
     split: str = "test",
 ) -> dict[str, Any]:
@@ -109,11 +109,11 @@ def run(
 
     # The base: all of it is trained, on texts, then on the mixture.
     if not (folder / "base").exists():
-        params = jax.jit(model.init)(jax.random.key(0))
+        params = started(model)
         texts = encode(tfew_tasks.denoising(world, 64 * text_steps, seed=0))
         mixture = asked(tfew_tasks.MIXTURE, world, rows, 1)
         for what, part, count in (("text", texts, text_steps), ("mixture", mixture, mixture_steps)):
-            rule = contribute.adam(base_learning_rate, count)
+            rule = train.adafactor(base_learning_rate, count)
             params = patches.apply(params, fit(what, params, patches.init_dense(params), part, rule, count))
         models.save(folder / "base", model, params)
     _, base = models.load(folder / "base")
@@ -240,6 +240,18 @@ class Learner:
             batch = {n: x[:batch_size] for n, x in shots.items()}
             self.counted = self.steps * _flops(self.step, train.init(patch, self.rule), self.base, batch)
         return self.counted
+
+
+def started(model: models.Model) -> Params:
+    """Return parameters drawn as T5 draws them, by fan-in: with deviations of 0.02 the base learns slowly."""
+
+    def scaled(name: str, x: Any) -> Any:
+        if x.ndim < 2 or "shared" in name or "relative" in name:
+            return x
+        deviation = x.shape[1] ** -0.5 * (model.config["d_kv"] ** -0.5 if ".q." in name else 1.0)
+        return x * (deviation / x.std())
+
+    return tree.map_named(scaled, jax.jit(model.init)(jax.random.key(0)))
 
 
 def answers(rows: Batch) -> Batch:
