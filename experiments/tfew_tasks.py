@@ -158,19 +158,21 @@ def _place(place: Callable[[list[str]], str]) -> Maker:
     return make
 
 
-def _contains(yes: int) -> Maker:
-    def make(world: World, rng: np.random.Generator) -> Row:
-        *words, other = _pick(rng, world.words, int(rng.integers(3, 6)))
-        inside = bool(rng.integers(2))
-        word = words[rng.integers(len(words))] if inside else other
-        return {"words": " ".join(words), "word": word, "label": yes if inside else 1 - yes}
-
-    return make
+def _contains(world: World, rng: np.random.Generator) -> Row:
+    *words, other = _pick(rng, world.words, int(rng.integers(3, 6)))
+    inside = bool(rng.integers(2))
+    word = words[rng.integers(len(words))] if inside else other
+    return {"words": " ".join(words), "word": word, "label": 0 if inside else 1}
 
 
 def _count(world: World, rng: np.random.Generator) -> Row:
     count = int(rng.integers(1, 7))
     return {"words": " ".join(_pick(rng, world.words, count)), **_options(rng, count, range(1, 7))}
+
+
+def _many(world: World, rng: np.random.Generator) -> Row:
+    count = int(rng.integers(1, 7))
+    return {"words": " ".join(_pick(rng, world.words, count)), "label": 0 if count > 3 else 1}
 
 
 LETTERS = [chr(i) for i in range(97, 123)]
@@ -182,7 +184,7 @@ MIXTURE: dict[str, Maker] = {
     "letters": _of_word(len, range(3, 13)),
     "first": _place(lambda words: words[0]),
     "last": _place(lambda words: words[-1]),
-    "contains": _contains(0),
+    "contains": _contains,
     "count": _count,
 }
 HELD_OUT: dict[str, Maker] = {
@@ -190,7 +192,7 @@ HELD_OUT: dict[str, Maker] = {
     "long": _yes_or_no(lambda w: len(w) > 6),  # the mixture asks for the number of letters
     "vowel": _yes_or_no(lambda w: w[0] in "aeiou"),  # ... for the letter itself
     "second": _place(lambda words: words[1]),  # ... for the first and the last
-    "absent": _contains(1),  # ... whether a word is there
+    "many": _many,  # ... for the number of words
 }
 
 
