@@ -2,7 +2,7 @@
 
 Command:   python -m experiments.fish_choice --gin_file configs/fish_choice.gin
 Time:      not yet measured on an idle machine (84 cells of 200 steps); a run that was stopped goes on.
-Expected:  a few dozen examples are enough; the three estimators are within noise of each other.
+Expected:  not yet known: only short runs were made so far.
 
 Learning rates are chosen on validation data (first seed), accuracies reported on test data.
 """

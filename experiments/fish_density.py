@@ -2,8 +2,8 @@
 
 Command:   python -m experiments.fish_density --gin_file configs/fish_digits.gin
            (configs/fish_docstrings.gin: MiniLM; configs/fish_glue.gin: any `glue/*`, needs a network)
-Time:      not yet measured on an idle machine (172 cells of 200 steps on digits); a run that was stopped goes on.
-Expected:  on digits FISH is far above a random mask at 0.02 % and 0.1 %, and all meet from 2 % on.
+Time:      not yet measured on an idle machine (172 cells); a run that was stopped goes on.
+Expected:  (a pilot, one seed) FISH is above a random mask at 0.02 % and 0.1 %; from 0.5 % on they meet.
 
 Learning rates are chosen on validation data (first seed), accuracies reported on test data.
 """
