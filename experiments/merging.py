@@ -1,9 +1,8 @@
 """Merging, measured on digits: ensembles, robust fine-tuning, donors, and all rules over several tasks.
 
 Command:   python -m experiments.merging --gin_file configs/merging.gin
-Time:      TIME on 2 cores; a run that was stopped goes on (each seed of each experiment is kept).
-Expected:  Fisher beats the average where models differ in what they know (several tasks), and equals it where
-           they are fine-tunings of one task; the tables of `experiments/RESULTS.md` say by how much.
+Time:      not yet measured on an idle machine; a run that was stopped goes on (each seed of each is kept).
+Expected:  not yet known: only short runs were made so far.
 
 The figures of Matena and Raffel (arXiv 2111.09832, sections 4.1 to 4.3) on data at hand. Whatever is chosen
 (weights, floors, scales) is chosen on validation data; every accuracy that is reported is on test data.
