@@ -9,8 +9,8 @@ import pytest
 pytest.importorskip("tensorflow_datasets")
 pytest.importorskip("gin")
 
-from experiments import docstrings, fish_bench, fish_choice, fish_density, fish_problems, fish_workers, lab
-from fishjax import data, masks, tree
+from experiments import docstrings, fish_bench, fish_density, fish_problems, lab
+from fishjax import data, masks
 from fishjax.errors import UsageError
 
 CHOICES = {"FISH": fish_bench.fish, "random": fish_bench.random}
@@ -88,32 +88,6 @@ def test_a_gate_that_is_moved_trains_what_either_mask_keeps_and_nothing_else(pro
     assert masks.count(moved) == masks.count(masks.intersection(moved, masks.union(first, second)))
 
 
-@pytest.mark.slow
-def test_choices_and_workers_report(problem, tmp_path, capsys):
-    few = {"problem": problem, "seeds": (0,), "steps": 4, "batch_size": 8, "density": 0.05}
-    found = fish_choice.run(
-        out=str(tmp_path / "choice"),
-        rates=(1e-2,),
-        examples=(4, 8),
-        estimators=("exact", "sampled"),
-        scopes=("leaf",),
-        refresh_every=(2,),
-        **few,
-    )
-    assert found["overlap"]["8 examples"] == 1.0 and 0 < found["overlap"]["4 examples"] < 1
-    anew = found["ways"]["chosen anew every 2 steps"]["cells"][0]["numbers"]
-    assert anew > found["ways"]["8 examples"]["cells"][0]["numbers"]
-    found = fish_workers.run(
-        out=str(tmp_path / "workers"), workers=2, every=(1, 2), mask_rates=(1e-2,), dense_rates=(1e-2,), **few
-    )
-    sent = {name: way["cells"][0]["sent"] for name, way in found["ways"].items()}
-    size = sum(x.size for x in jax.tree.leaves(problem.base(0)))
-    assert sent["dense, every 1"] == {"values": 4 * size * 4, "indices": 0}
-    assert sent["same mask, every 2"]["values"] == 2 * round(0.05 * size) * 4
-    assert sent["same mask, int8, every 2"]["values"] < sent["same mask, every 2"]["values"] / 3.5
-    assert "1/1 |" in capsys.readouterr().out
-
-
 def test_docstrings_are_parsed_cut_and_told_apart():
     texts, labels = docstrings.examples(["rich", "hypothesis"], each=20, words=10)
     assert sorted(labels) == [0] * 20 + [1] * 20 and len(set(texts)) == 40
@@ -123,28 +97,3 @@ def test_docstrings_are_parsed_cut_and_told_apart():
         docstrings.examples(["rich"], each=100_000)
     with pytest.raises(UsageError, match="`no_such_package` is not installed"):
         docstrings.examples(["no_such_package"], each=1)
-
-
-def test_a_head_is_put_on_a_folder_of_text(tmp_path):
-    tokenizers = pytest.importorskip("tokenizers")
-    from fishjax import models
-
-    config = {"model_type": "bert", "vocab_size": 9, "hidden_size": 8, "num_hidden_layers": 1}
-    config |= {"num_attention_heads": 2, "intermediate_size": 8, "max_position_embeddings": 16}
-    bare = models.build(config)
-    params = bare.init(jax.random.key(3))
-    models.save(tmp_path, bare, params)
-    words = {"[UNK]": 0, "Return": 1, "the": 2, "a": 3}
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="[UNK]"))
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-    tokenizer.save(str(tmp_path / "tokenizer.json"))
-    found = fish_problems.docstrings(
-        model=str(tmp_path), packages=("rich", "hypothesis"), sizes=(6, 3, 4), tokens=5
-    )
-    assert {s: len(r["labels"]) for s, r in found.rows.items()} == {"train": 12, "validation": 6, "test": 8}
-    assert all(r["input_ids"].shape[1] == 5 for r in found.rows.values())
-    base, known = tree.flatten(found.base(0)), tree.flatten(params)
-    assert all((base[f"bert.{n}"] == x).all() for n, x in known.items() if f"bert.{n}" in base)
-    assert found.model.apply(found.base(0), found.rows["test"]).shape == (8, 2)
-    mask = fish_bench.random(fish_bench.make(found, steps=2, batch_size=4), 0, 0.1)
-    assert mask["classifier"]["weight"].all()
