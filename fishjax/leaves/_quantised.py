@@ -236,7 +236,7 @@ def quantised(
 
     >>> w = quantised(jnp.array([[1.0, -2.0, 0.5, 0.0]]), "int8")
     >>> w.codes.tolist(), w.scales.shape
-    ([[[64, -128, 32, 0]]], (1, 1))
+    ([[[64, -127, 32, 0]]], (1, 1))
     """
     if format not in FORMATS:
         raise UsageError(f"`format` must be one of {', '.join(FORMATS)}; got `{format}`")
