@@ -66,7 +66,7 @@ def run(
     }
     (folder / "results.json").write_text(json.dumps(found, indent=1) + "\n")
     (folder / "config.gin").write_text(gin.config_str())
-    (folder / "report.md").write_text(lines := fish_tables.choice(found))
+    (folder / "report.md").write_text(lines := fish_tables.choice(found, folder / "plots" / "choice"))
     print(lines)
     return found
 

@@ -44,8 +44,8 @@ def density(found: Mapping[str, Any], choices: Sequence[str], densities: Sequenc
     return "\n".join([*lines, "", f"{found['seconds']} s.", ""])
 
 
-def choice(found: Mapping[str, Any]) -> str:
-    """Return accuracy by how a mask was chosen."""
+def choice(found: Mapping[str, Any], path: Path) -> str:
+    """Return accuracy by how a mask was chosen; draw it against the examples of its Fisher."""
     lines = [_title(found, f"density {100 * found['settings']['density']:g} %"), ""]
     lines += [
         "| mask | test accuracy | validation | learning rate | entries moved | overlap |",
@@ -58,12 +58,17 @@ def choice(found: Mapping[str, Any]) -> str:
         lines.append(
             f"| {name} | {spread(_tests(way))} | {valid} | {_rate(way)} | {numbers:,.0f} | {overlap} |"
         )
+    seen = {int(n.split()[0]): n for n in found["ways"] if n.endswith(" examples")}
+    mean = lambda name: float(np.mean(_tests(found["ways"][name])))
+    curves = {"FISH": [mean(seen[n]) for n in sorted(seen)], "random": [mean("random")] * len(seen)}
+    labels = ("examples that the Fisher is of", "accuracy (test)")
+    plot.curves(sorted(seen), curves, path, labels=labels, title=found["settings"]["problem"], log=True)
     last = list(found["overlap"])[-1]
     return "\n".join([*lines, "", f"Overlap: Jaccard with `{last}`, first seed. {found['seconds']} s.", ""])
 
 
-def workers(found: Mapping[str, Any]) -> str:
-    """Return accuracy and bytes sent by how workers merge."""
+def workers(found: Mapping[str, Any], every: Sequence[int], path: Path) -> str:
+    """Return accuracy and bytes sent by how workers merge; draw the former against how often they do."""
     lines = [_title(found, f"{found['settings']['workers']} workers"), ""]
     lines += [
         "| what is merged | bytes a worker sends | indices, once | of dense at every step | test accuracy |"
@@ -81,6 +86,11 @@ def workers(found: Mapping[str, Any]) -> str:
             spread(_tests(way)),
         ]
         lines.append(f"| {' | '.join(cells)} |")
+    kinds = dict.fromkeys(name.rpartition(", every ")[0] for name in found["ways"])
+    tests = lambda name: _tests(found["ways"][name]) if name in found["ways"] else [np.nan]
+    curves = {kind: [float(np.mean(tests(f"{kind}, every {h}"))) for h in every] for kind in kinds}
+    labels = ("steps between two merges", "accuracy (test)")
+    plot.curves(every, curves, path, labels=labels, title=found["settings"]["problem"], log=True)
     return "\n".join([*lines, "", f"{found['seconds']} s.", ""])
 
 

@@ -122,7 +122,8 @@ def run(
     }
     (folder / "results.json").write_text(json.dumps(found, indent=1) + "\n")
     (folder / "config.gin").write_text(gin.config_str())
-    (folder / "report.md").write_text(lines := fish_tables.workers(found))
+    lines = fish_tables.workers(found, every, folder / "plots" / "workers")
+    (folder / "report.md").write_text(lines)
     print(lines)
     return found
 

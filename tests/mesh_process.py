@@ -18,7 +18,7 @@ def main(port: int, process: int, folder: str, part: str) -> None:
     import optax
     from jax.sharding import PartitionSpec as P
 
-    from fishjax import fisher, merge, patches, train
+    from fishjax import contribute, fisher, masks, merge, patches, train
 
     on = mesh.make({"fsdp": 4})
     rng = np.random.default_rng(0)
@@ -38,7 +38,15 @@ def main(port: int, process: int, folder: str, part: str) -> None:
     tuned = jax.jit(patches.apply)(params, train.patch_of(state))
     squares = fisher.estimate(fisher.empirical(loss, method="reference"), params, batches)
     merging = jax.jit(lambda a, b, f: merge.fisher([a, b], fishers=[f, f], weights=[1, 2]))
-    found = {"tuned": tuned, "fisher": squares, "merged": merging(params, tuned, squares)}
+    kept = masks.topk(squares, density=0.3)
+    chosen = contribute.magnitude(None, params, None, [], density=0.3).patch["w"]
+    found = {
+        "mask": kept,
+        "chosen": (chosen.indices, chosen.values),
+        "tuned": tuned,
+        "fisher": squares,
+        "merged": merging(params, tuned, squares),
+    }
 
     whole = lambda x: np.asarray(x).tolist()
     layout = {"here": len(tuned["w"].addressable_shards), "spec": tuned["w"].sharding.spec[0]}

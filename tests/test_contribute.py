@@ -5,10 +5,12 @@ import json
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
-from fishjax import checkpoint, cli, contribute, models, patches, train
+from fishjax import checkpoint, cli, contribute, mesh, models, patches, train
 from fishjax.errors import UsageError
+from tests.test_train_sync import collectives
 
 pytest.importorskip("tensorflow_datasets")
 STRONG = ("STEPS = 100", "contribute.fish.density = 0.05", "contribute.run.learning_rate = 0.03")
@@ -102,6 +104,31 @@ def test_every_way_starts_with_no_change(make, options):
     made = make(jax.random.key(1), base, model, [], **options)
     jax.tree.map(np.testing.assert_array_equal, patches.apply(base, made.patch), base)
     assert json.dumps(made.recipe)
+
+
+@pytest.mark.parametrize("scan", [False, True])
+def test_workers_with_whole_models_reduce_the_patch_alone(scan):
+    model = models.build({**SMALL, "num_hidden_layers": 2})
+    base, on, rule = model.init(jax.random.key(0)), mesh.make({"data": 4}), optax.sgd(0.1)
+    patch = contribute.random(jax.random.key(1), base, model, [], density=0.01).patch
+    rng = np.random.default_rng(0)
+    rows = {"image": rng.random((8, 8, 8), np.float32), "label": rng.integers(0, 10, 8).astype(np.int32)}
+    start, params = patch, base
+    if scan:
+        start, params = models.stack_patch(model, base, patch), models.stack_blocks(model, base)
+    placed = mesh.shard(params, mesh.rules(models.scanned(model) if scan else model, on), on)
+    step = jax.jit(contribute.make_step(model, rule, on, scan=scan))
+    args = mesh.follow(train.init(start, rule), placed), placed, mesh.shard_batch(rows, on)
+    sent = collectives(step.lower(*args).compile())
+    assert {kind for kind, *_ in sent} == {"all-reduce"}
+    assert sum(n for *_, n in sent) == patches.num_parameters(patch) + 1  # and the loss
+    state, loss = step(*args)
+    alone, same = jax.jit(contribute.make_step(model, rule))(train.init(patch, rule), base, rows)
+    np.testing.assert_allclose(loss, same, rtol=1e-5)
+    moved = train.patch_of(state)
+    moved = models.unstack_patch(model, base, moved) if scan else moved
+    close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
+    jax.tree.map(close, dict(moved), dict(train.patch_of(alone)))
 
 
 @pytest.mark.parametrize(

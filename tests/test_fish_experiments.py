@@ -9,7 +9,7 @@ import pytest
 pytest.importorskip("tensorflow_datasets")
 pytest.importorskip("gin")
 
-from experiments import docstrings, fish_bench, fish_density, fish_problems, lab
+from experiments import docstrings, fish_bench, fish_choice, fish_density, fish_problems, fish_workers, lab
 from fishjax import data, masks
 from fishjax.errors import UsageError
 
@@ -76,6 +76,39 @@ def test_density_is_measured_once_and_reported(problem, tmp_path, capsys):
     cell["about"]["steps"] = 5  # one of other settings is
     path.write_text(json.dumps(cell))
     assert run()["ways"] == found["ways"]
+
+
+def test_choices_of_a_mask_and_workers_are_reported(problem, tmp_path, capsys):
+    shared = {"problem": problem, "seeds": (0,), "steps": 4, "batch_size": 8, "density": 0.01}
+    found = fish_choice.run(
+        out=str(tmp_path / "choice"),
+        rates=(1e-2,),
+        examples=(8, 16),
+        estimators=("exact",),
+        scopes=("leaf",),
+        refresh_every=(2,),
+        **shared,
+    )
+    size = sum(x.size for x in jax.tree.leaves(problem.base(0)))
+    counts = {name: way["cells"][0]["numbers"] for name, way in found["ways"].items()}
+    assert counts["16 examples"] == counts["random"] == round(0.01 * size)
+    assert counts["chosen anew every 2 steps"] > 0.5 * counts["random"]
+    assert found["overlap"]["16 examples"] == 1 and 0 < found["overlap"]["8 examples"] < 1
+    found = fish_workers.run(
+        out=str(tmp_path / "workers"),
+        workers=2,
+        every=(1, 2),
+        mask_rates=(1e-2,),
+        dense_rates=(1e-3,),
+        **shared,
+    )
+    sent = {name: way["cells"][0]["sent"]["values"] for name, way in found["ways"].items()}
+    assert sent["dense, every 1"] == 2 * sent["dense, every 2"] == 4 * 4 * size
+    assert sent["same mask, every 1"] == 4 * 4 * round(0.01 * size)
+    assert sent["disjoint masks, every 2"] == sent["same mask, every 2"] > sent["same mask, int8, every 2"]
+    for name in ("choice", "workers"):
+        assert (tmp_path / name / "plots" / f"{name}.png").stat().st_size > 0
+    assert "| same mask, every 1 |" in capsys.readouterr().out
 
 
 def test_a_gate_that_is_moved_trains_what_either_mask_keeps_and_nothing_else(problem):

@@ -78,3 +78,4 @@ def test_two_patches_that_clash_on_the_command_line(tmp_path, capsys, monkeypatc
     assert "not merged: `layers.0.w` (kept from model 1)" in capsys.readouterr().out
     assert cli.main(["merge", "--explain", "p", "q"]) == 2
     assert "--base" in capsys.readouterr().err
+    assert cli.main([*args, "--method", "ties"]) == 2 and "leave out --method" in capsys.readouterr().err

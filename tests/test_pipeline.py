@@ -136,8 +136,13 @@ def test_quantised_weights_go_through_both_pipelines():
 def test_encoder_and_decoder_in_unequal_stages():
     model, params = built(T5, 2)
     batch = {**BATCH, "labels": IDS[:, :3]}
-    line = mesh.staged(model, params, batch, [1, 3, 1], wire="int8")  # two, a norm, two
-    assert apart(line.apply(line.params, batch), model.apply(params, batch)) < 0.02
+    patch = jax.tree.map(lambda x: x + 0.05, patches.init_ia3(params, targets="paper"))
+    want = both(jax.jit(lambda patch: patches.unfolded(model.apply)(params, patch, batch)), patch)
+    for wire, most in (("float", 1e-5), ("int8", 0.02)):
+        line = mesh.staged(model, params, batch, [1, 3, 1], wire=wire)  # two, a norm, two
+        got = both(lambda patch, line=line: line.apply(line.params, batch, patch), patch)
+        assert apart(got[0], want[0]) < most and apart(got[1], want[1]) < most
+    assert apart(got[1], want[1]) > 1e-5  # int8 was on the wire
     # Only hidden states are rounded, never the tables of relative positions.
     carry = jax.eval_shape(model.embed, params, batch)
     paths = [jax.tree_util.keystr(p) for p, _ in jax.tree_util.tree_flatten_with_path(carry)[0]]

@@ -256,6 +256,7 @@ def test_generate_takes_one_patch_for_each_prompt_from_the_command_line(tmp_path
     code, got, _ = run(*each, *prompts)
     assert code == 0
     one = run("--patch", tmp_path / "p", *prompts)[1]  # one patch: for all prompts
-    assert one[0] == got[0] and one[1:] != got[1:]
+    lora = run("--patch", base / "adapters/lora", *prompts)[1]
+    assert got == [one[0], run(*prompts)[1][1], lora[2]] and one[1:] != got[1:]
     code, _, error = run(*each, *prompts[:2])
     assert code == 2 and "3 patches do not go with 2 prompts" in error

@@ -21,6 +21,8 @@ TEMPLATES = {
     ]
 }
 
+T0 = {"remat": True, "scan": True}  # as in configs/tfew/t0_3b.gin
+
 
 @pytest.fixture(autouse=True)
 def standard_promotion():
@@ -86,7 +88,7 @@ def test_from_a_mixture_to_few_shots(tmp_path, capsys):
 
 
 def test_a_step_on_a_mesh_is_that_of_one_device():
-    sizes = {"d_model": 8, "d_kv": 2, "num_heads": 4, "d_ff": 16}
+    sizes = {"d_model": 8, "d_kv": 2, "num_heads": 4, "d_ff": 16, "num_layers": 2}
     model = models.build(CONFIG | sizes)
     rng, shapes = np.random.default_rng(0), jax.eval_shape(model.init, jax.random.key(0))
     params = jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape), jnp.float32), shapes)
@@ -94,13 +96,19 @@ def test_a_step_on_a_mesh_is_that_of_one_device():
     batch = {n: x.astype(np.int32) for n, x in batch.items()} | {"answer": np.arange(8, dtype=np.int32) % 3}
     patch, rule = patches.init_ia3(params, targets="paper"), optax.sgd(0.1)
 
-    def step(on, base, batch):
-        state = mesh.follow(train.init(patch, rule), base)
-        made = contribute.make_step(model, rule, on, loss=train.tfew_loss, remat=on is not None)
+    def step(on, base, patch, batch):
+        state, options = mesh.follow(train.init(patch, rule), base), {} if on is None else T0
+        made = contribute.make_step(model, rule, on, loss=train.tfew_loss, **options)
         state, loss = jax.jit(made)(state, base, batch)
         return loss, train.patch_of(state)
 
     on = mesh.make({"fsdp": 4, "tensor": 2})
-    spread = step(on, mesh.shard(params, mesh.rules(model, on), on), mesh.shard_batch(batch, on))
-    single = step(None, params, batch)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-6), spread, single)
+    stacked = models.stack_blocks(model, params)
+    placed = mesh.shard(stacked, mesh.rules(models.scanned(model), on), on)
+    loss, moved = step(on, placed, models.stack_patch(model, params, patch), mesh.shard_batch(batch, on))
+    spread = loss, models.unstack_patch(model, params, moved)
+    single = step(None, params, patch, batch)
+    assert spread[1].keys() == single[1].keys()
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-6), spread[0], single[0])
+    for name, kind in single[1].items():
+        np.testing.assert_allclose(spread[1][name].vector, kind.vector, rtol=2e-5, atol=2e-6)

@@ -243,6 +243,7 @@ def test_sharded_parameters_train_alike_and_stay_sharded(spec):
             state, _ = step(state, p, wide(batch))
         results.append(patches.apply(p, train.patch_of(state)))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), *results)
+    assert results[1]["w"].sharding.is_equivalent_to(sharding, 2)
     changed = bits(results[1]["w"]) != bits(params["w"])
     assert 0 < changed.sum() <= 11
 

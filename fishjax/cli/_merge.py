@@ -80,6 +80,9 @@ def _explain(args: argparse.Namespace) -> None:
 
     if args.base is None or not args.paths:
         raise UsageError("--explain wants --base BASE and models, or patches for it")
+    if given := [n for n in ("method", "out", "set", "dtype", "dry_run") if getattr(args, n)]:
+        option = given[0].replace("_", "-")
+        raise UsageError(f"--explain shows where models clash whatever merges them; leave out --{option}")
     weights = None if args.weights is None else [_number(text) for text in args.weights]
     keep = [_keep(pair) for pair in args.keep]
     found = _explain.explain_files(args.base, args.paths, fishers=args.fishers, weights=weights, keep=keep)

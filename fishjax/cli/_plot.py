@@ -50,7 +50,7 @@ def _mesh(path: Path, out: str, axes: Sequence[str]) -> list[Path]:
     from jax.sharding import AbstractMesh
 
     from fishjax import checkpoint, mesh, models, plot, tree
-    from fishjax.models._model import read_config
+    from fishjax.models._folder import read_config
 
     sizes = {}
     for text in axes:

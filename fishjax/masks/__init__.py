@@ -7,11 +7,12 @@ under a mask. `indices` chooses as `topk` does from files larger than memory, wi
 
 from fishjax.masks._algebra import count, density, from_indices, intersection, overlap, split, union
 from fishjax.masks._baselines import bitfit, by_name, magnitude, movement, random, saliency
-from fishjax.masks._gate import GateState, gate
+from fishjax.masks._gate import GateState, apply_updates, gate
 from fishjax.masks._topk import indices, topk
 
 __all__ = [
     "GateState",
+    "apply_updates",
     "bitfit",
     "by_name",
     "count",

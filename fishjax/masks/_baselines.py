@@ -61,7 +61,7 @@ def bitfit(params: Params, *, always: Patterns = None) -> Mask:
     Array([False, False], dtype=bool)
     """
     more = [always] if isinstance(always, str) else list(always or ())
-    return by_name(params, [r"(^|[._])bias$", *more])
+    return by_name(params, [r"(^|[._])(bias|beta)$", *more])
 
 
 def saliency(params: Params, gradient: Params, **rules) -> Mask:

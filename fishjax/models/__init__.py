@@ -4,7 +4,9 @@
 made here applies to the folder that others use. One file a family, listed in `FAMILIES`.
 """
 
-from fishjax.models._model import FAMILIES, Model, build, example_logits, example_loss, load, save
+from fishjax.models._example import example_logits, example_loss
+from fishjax.models._folder import load, save
+from fishjax.models._model import FAMILIES, Model, build
 from fishjax.models._remat import remat
 from fishjax.models._scan import scanned, stack_blocks, stack_patch, unstack_patch
 from fishjax.models._tokenizer import encode, load_tokenizer, pad, until_end

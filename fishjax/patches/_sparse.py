@@ -23,6 +23,8 @@ class Sparse:
     def problem(self, name: str, leaves: Mapping[str, Array]) -> str | None:
         """Return why this does not fit the leaf, or None; contents only when they are concrete."""
         size = leaves[name].size
+        if size > np.iinfo(np.int32).max and not jax.config.jax_enable_x64:
+            return f"it has {size} entries, more than 32 bits count; apply the patch from file to file"
         if self.indices.ndim != 1 or self.indices.shape != self.values.shape:
             return (
                 f"{tree.describe(self.indices)} indices and {tree.describe(self.values)} values do not pair"

@@ -89,7 +89,7 @@ def _encode(
             "give the model's folder, or a NAME.safetensors pack of token ids"
         )
     from fishjax.models import build, load_tokenizer, pad
-    from fishjax.models._model import read_config
+    from fishjax.models._folder import read_config
 
     model = build(read_config(Path(folder) / "config.json"))
     coded = load_tokenizer(folder, model).encode_batch([a if b is None else (a, b) for a, b in texts])

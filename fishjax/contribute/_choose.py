@@ -1,0 +1,146 @@
+"""What is trained: each way starts a patch that changes nothing yet.
+
+Each is called as `make(key, base, model, batches)` with batches of the contributor's own data.
+"""
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from fishjax import checkpoint, data, fisher, masks, mesh, models, patches
+from fishjax.errors import WrongBaseError
+from fishjax.types import Array, Batch, LossFn, Mask, Params, Patch
+
+
+class Made(NamedTuple):
+    """A patch before training, and what is to be said of how it was chosen."""
+
+    patch: Patch
+    recipe: dict[str, Any]
+    mask: Mask | None = None
+
+
+def fish(
+    key: Array,
+    base: Params,
+    model: models.Model,
+    batches: Sequence[Batch],
+    *,
+    density: float,
+    loss: Callable[[models.Model], LossFn] = models.example_loss,
+    **rules,
+) -> Made:
+    """Choose the entries of largest empirical Fisher: the FISH mask; `rules` as in `masks.topk`.
+
+    Args:
+      loss: of a model, whose gradients are squared.
+    """
+    del key
+    scores = fisher.estimate(fisher.empirical(loss(model)), base, batches)
+    examples = sum(data.examples(batch) for batch in batches)
+    recipe = {"method": "fish", "density": density, "estimator": "empirical", "examples": examples}
+    return _masked(base, masks.topk(scores, density=density, **rules), recipe)
+
+
+def random(
+    key: Array, base: Params, model: models.Model, batches: Sequence[Batch], *, density: float, **rules
+) -> Made:
+    """Choose entries at random: the baseline that a FISH mask has to beat."""
+    del model, batches
+    mask = masks.random(key, base, density=density, **rules)
+    return _masked(base, mask, {"method": "random", "density": density})
+
+
+def magnitude(
+    key: Array, base: Params, model: models.Model, batches: Sequence[Batch], *, density: float, **rules
+) -> Made:
+    """Choose the weights of largest absolute value."""
+    del key, model, batches
+    mask = masks.magnitude(base, density=density, **rules)
+    return _masked(base, mask, {"method": "magnitude", "density": density})
+
+
+def full(
+    key: Array,
+    base: Params,
+    model: models.Model,
+    batches: Sequence[Batch],
+    *,
+    targets: str | Sequence[str] = "",
+) -> Made:
+    """Train whole leaves: everything, or those of some names (`"bias$"` is BitFit)."""
+    del key, model, batches
+    return Made(patches.init_dense(base, targets), {"method": "dense"})
+
+
+def ia3(
+    key: Array,
+    base: Params,
+    model: models.Model,
+    batches: Sequence[Batch],
+    *,
+    targets: str | Mapping[str, Any] = "paper",
+) -> Made:
+    """Rescale keys, values and the inner activations: (IA)^3."""
+    del key, batches
+    heads = model.config.get("n_head", model.config.get("num_attention_heads"))
+    return Made(patches.init_ia3(base, targets=targets, heads=heads), {"method": "ia3"})
+
+
+def lora(
+    key: Array,
+    base: Params,
+    model: models.Model,
+    batches: Sequence[Batch],
+    *,
+    rank: int | Mapping[str, int],
+    targets: str | Sequence[str] | Mapping[str, Any],
+    alpha: float | Mapping[str, float] = 1.0,
+    rslora: bool = False,
+) -> Made:
+    """Add low-rank products: LoRA."""
+    del model, batches
+    patch = patches.init_lora(key, base, rank=rank, targets=targets, alpha=alpha, rslora=rslora)
+    return Made(patch, {"method": "lora", "rank": rank, "alpha": alpha, "rslora": rslora})
+
+
+def from_patch(
+    key: Array, base: Params, model: models.Model, batches: Sequence[Batch], *, path: str | os.PathLike
+) -> Made:
+    """Go on from a patch file: few-shot training from (IA)^3 vectors that were pre-trained on a mixture.
+
+    Raises:
+      WrongBaseError: the file is for another base.
+
+    References: Liu et al. 2022, arXiv 2205.05638, section 3.4.
+    """
+    del key, model, batches
+    patch, metadata = checkpoint.load_patch(path)
+    wanted, found = checkpoint.read_patch(path).base_id, checkpoint.digest(base)
+    if wanted != found:
+        raise WrongBaseError(
+            f"`{path}` is for another base: the model has the content id {found[:23]}, wanted {wanted[:23]}"
+        )
+    begun = metadata.get("recipe", {})
+    return Made(jax.tree.map(jnp.asarray, patch), {"method": begun.get("method"), "from": begun})
+
+
+def from_mask(
+    key: Array, base: Params, model: models.Model, batches: Sequence[Batch], *, path: str | os.PathLike
+) -> Made:
+    """Train the entries that a mask file keeps, as `fishjax mask` writes it.
+
+    Raises:
+      StructureError: the mask has other leaves, or of other shapes.
+    """
+    del key, model, batches
+    mask, metadata = checkpoint.load_mask(path)
+    return _masked(base, mask, {"method": "mask", "from": metadata.get("recipe", {})})
+
+
+def _masked(base: Params, mask: Mask, recipe: dict[str, Any]) -> Made:
+    here = mesh.gather((base, mask))  # of several processes, each holds the whole patch
+    return Made(patches.init_sparse(*here), recipe, mask)

@@ -1,0 +1,121 @@
+"""From a model folder to a patch file."""
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import optax
+from jax.sharding import Mesh
+
+from fishjax import checkpoint, data, mesh, models, train, tree
+from fishjax.contribute._choose import Made
+from fishjax.contribute._fit import adam, fit
+from fishjax.contribute._read import read
+from fishjax.errors import UsageError
+from fishjax.types import Digest, LossFn, Params, Patch
+
+
+def run(
+    *,
+    model: str,
+    data_from: str | Sequence[str],
+    out: str,
+    make: Callable[..., Made],
+    steps: int,
+    learning_rate: float,
+    batch_size: int = 32,
+    seed: int = 0,
+    split: str = "train",
+    examples: int = 1024,
+    metadata: Mapping[str, Any] | None = None,
+    templates: str | Sequence[str | None] | None = None,
+    limit: int | None = None,
+    loss: Callable[[models.Model], LossFn] = models.example_loss,
+    optimizer: Callable[[float, int], optax.GradientTransformation] = adam,
+    on: Mesh | None = None,
+    rules: Callable[[models.Model, Mesh], mesh.SpecRules] = mesh.rules,
+    remat: bool = False,
+    scan: bool = False,
+    refresh_every: int | None = None,
+) -> Digest:
+    """Make a patch for a model folder and write it: what `fishjax train` calls.
+
+    A training that was stopped goes on: its state is in `OUT.partial/` until the patch is written. Of
+    several processes (`mesh.connect`) the first one writes.
+
+    Args:
+      model: a folder with config.json and weights.
+      data_from: a TFDS name, or a FILE.jsonl as of `data.load_jsonl`; several with choices are a mixture.
+      out: the patch file to write.
+      make: what is trained, one of the functions above with its arguments bound.
+      steps, learning_rate, batch_size, seed: of the training.
+      split: of a TFDS data set.
+      examples: how many examples `make` sees at most (FISH needs few: arXiv 2111.09839, section 5.2).
+      metadata: author, licence, claims ... for the patch's manifest.
+      templates: a file as of `data.load_templates` for each FILE.jsonl, whose lines are then a task's rows.
+      limit: at most so many examples of each task of a mixture.
+      loss, optimizer, remat: as of `fit`.
+      scan: stack equal blocks while training, as of `fit`; the patch is of the model's own leaves.
+      on: a mesh (`mesh.make`) onto which the model is loaded and on which all else then happens.
+      rules: `(model, mesh) -> rules` as of `mesh.shard`.
+      refresh_every: steps after which `make` chooses a new mask, of the weights as they are by then; what
+        was learnt stays, so the patch has the entries of all masks. None keeps the first.
+
+    Raises:
+      UsageError: `out` exists; there is no mask to refresh; an argument makes no sense.
+    """
+    if Path(out).exists():
+        raise UsageError(f"`{out}` exists; remove it or choose another name")
+    where = None if on is None else lambda m, shapes: mesh.shardings(shapes, rules(m, on), on)
+    loaded, base = models.load(model, shardings=where)
+    rows, data_id = read(data_from, model, loaded, split=split, templates=templates, limit=limit, seed=seed)
+    some = {name: x[:examples] for name, x in rows.items()}
+    batches = [mesh.shard_batch(b, on) for b in data.batches(some, min(batch_size, data.examples(some)))]
+    made = make(jax.random.key(seed), base, loaded, batches)
+    partial = Path(f"{out}.partial")
+    again = lambda params: make(jax.random.key(seed), params, loaded, batches).mask
+    if refresh_every is not None and made.mask is None:
+        raise UsageError("`refresh_every` is for ways that choose a mask; `make` made a patch without one")
+    if scan and refresh_every is not None:
+        raise UsageError("`refresh_every` chooses masks of the model's own leaves; leave out `scan`")
+    start, params, shapes = made.patch, base, mesh.shapes_of(base)
+    del base  # stacking gives its leaves away
+    if scan:
+        start = models.stack_patch(loaded, params, start)
+        params = models.stack_blocks(loaded, params, donate=True)
+    patch = fit(
+        start,
+        params,
+        loaded,
+        rows,
+        steps=steps,
+        learning_rate=learning_rate,
+        batch_size=batch_size,
+        seed=seed,
+        folder=partial,
+        loss=loss,
+        optimizer=optimizer,
+        remat=remat,
+        scan=scan,
+        refresh=None if refresh_every is None else (again, refresh_every),
+    )
+    recipe = {**made.recipe, "seed": seed, "data": data_id, "steps": steps, "learning_rate": learning_rate}
+    recipe |= {} if refresh_every is None else {"refresh_every": refresh_every}
+    patch = models.unstack_patch(loaded, shapes, patch) if scan else patch
+    if scan or jax.process_count() > 1:  # the base is no longer here as it was; its files are
+        whole = tree.flatten(checkpoint.load_params(model))
+        params = {n: whole[n] for n in tree.flatten(shapes)}
+    return _save(out, mesh.gather(patch), params, {**(metadata or {}), "recipe": recipe}, partial)
+
+
+def _save(out: str, patch: Patch, base: Params, metadata: Mapping[str, Any], partial: Path) -> Digest:
+    """Write the patch once, whatever the number of processes, and let go of the training's state."""
+    if jax.process_index() == 0:
+        checkpoint.save_patch(out, patch, base=base, metadata=metadata)
+        train.remove_state(partial)
+    if jax.process_count() > 1:
+        from jax.experimental.multihost_utils import sync_global_devices
+
+        sync_global_devices("patch written")
+    return checkpoint.read_patch(out).digest
