@@ -111,6 +111,7 @@ def test_dare_recipes_agree_in_distribution(folder):
         ("method: average\nmodels: [one, two]\ndtype: int4", "`dtype` must be one of"),
         ("models: [one]", "is no recipe"),
         ("a: [", "is not YAML"),
+        ("method: average\nmodels: [one, two]\nmodels: [one]", "has the key `models` twice"),
     ],
 )
 def test_bad_recipes(text, wrong, folder, capsys):

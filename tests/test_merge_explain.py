@@ -59,6 +59,19 @@ def test_what_is_not_merged_is_named():
         merge.explain(BASE, [{"emb": np.ones(3)}])
 
 
+def test_fishers_that_do_not_fit_are_told():
+    short = {n: f for n, f in FISHERS[1].items() if n != "emb"}
+    found = merge.explain(BASE, MODELS, fishers=[FISHERS[0], short])
+    assert found.skipped == {"emb": "no Fisher in model 1"} and "emb" not in found.layers
+    with pytest.raises(errors.StructureError, match=r"`emb`.*\[7,4\].*\[9,4\] in the Fisher of model 1"):
+        merge.explain(BASE, MODELS, fishers=[FISHERS[0], {**short, "emb": np.ones((9, 4))}])
+    for bad in (np.nan, np.inf, -1.0):
+        with pytest.raises(errors.UsageError, match=r"`fishers` \(number 1\) must be finite and >= 0; `emb`"):
+            merge.explain(BASE, MODELS, fishers=[FISHERS[0], {**short, "emb": np.full((7, 4), bad)}])
+    three = [FISHERS[0], FISHERS[1], FISHERS[1]]  # the last two are the same
+    assert merge.explain(BASE, [*MODELS, BASE], fishers=three).total.overlap == pytest.approx(1)
+
+
 def test_two_patches_that_clash_on_the_command_line(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     base = {"layers": {"0": {"w": np.zeros((4, 4), np.float32)}}, "head": np.ones(3, np.float32)}

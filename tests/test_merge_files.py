@@ -135,6 +135,25 @@ def test_a_folder_gets_card_recipe_and_configuration(world, tmp_path):
     assert "weights:" in recipe and "bias$" in recipe
 
 
+def test_shards_and_fishers(world, tmp_path, monkeypatch):
+    _, paths = world()
+    options = {"fishers": paths["fishers"]}
+    want = merge.files("fisher", paths["models"], tmp_path / "one", **options)
+    monkeypatch.setitem(_output.Output.__init__.__kwdefaults__, "shard_bytes", 1000)
+    for i, models in enumerate([paths["models"], [tmp_path / "shards0", paths["models"][1]]]):
+        got = merge.files("fisher", models, tmp_path / f"shards{i}", **options)
+        assert len(list((tmp_path / f"shards{i}").glob("model-*-of-*.safetensors"))) > 1
+        assert (tmp_path / f"shards{i}" / "model.safetensors.index.json").exists()
+        assert got == checkpoint.digest(checkpoint.load_params(tmp_path / f"shards{i}"))
+        again = [tmp_path / "one", paths["models"][1]]
+        assert got == want
+        want = merge.files("fisher", again, tmp_path / "again.safetensors", **options) if i == 0 else want
+    card, recipe = ((tmp_path / "one" / n).read_text() for n in ("README.md", "fishjax_merge.yaml"))
+    for i in (3, 4):  # Fishers are inputs, and no models
+        assert checkpoint.digest(jax.tree.map(lambda x: abs(x).astype(np.float32), _params(i))) in recipe
+    assert "f0.safetensors" not in card.split("---")[1]
+
+
 def test_another_dtype(world, tmp_path):
     trees, paths = world()
     merge.files("average", paths["models"], tmp_path / "out.safetensors", dtype=jnp.bfloat16)
@@ -382,6 +401,9 @@ def test_bad_input_is_refused_before_anything_is_written(world, tmp_path):
     checkpoint.save_params(tmp_path / "e.safetensors", bad)
     with pytest.raises(errors.UsageError, match=r"`fishers` \(number 1\) must be finite and >= 0"):
         merge.files("fisher", models, out, fishers=[paths["fishers"][0], tmp_path / "e.safetensors"])
+    huge = jax.tree.map(lambda x: np.full_like(x, 3e38), trees["fishers"][0])  # finite, and their sum is not
+    with pytest.raises(errors.UsageError, match=r"`fishers` \(number 0\) .*at most 4\.3e\+37"):
+        merge.fisher(trees["models"], fishers=[huge, huge])
     assert not list(tmp_path.glob("out*"))
 
 

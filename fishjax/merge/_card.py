@@ -12,7 +12,11 @@ RECIPE = "fishjax_merge.yaml"
 
 
 def model_card(
-    recipe: Mapping[str, Any], sources: Sequence[tuple[str, Digest]], digest: Digest
+    recipe: Mapping[str, Any],
+    sources: Sequence[tuple[str, Digest]],
+    digest: Digest,
+    *,
+    beside: Sequence[tuple[str, Digest]] = (),
 ) -> dict[str, str]:
     """Return `{file name: text}`: a README with metadata as hubs read it, and the recipe with digests.
 
@@ -20,6 +24,7 @@ def model_card(
       recipe: what was asked for.
       sources: path and content id of every model that went in.
       digest: the content id of the result.
+      beside: the same of what else was read, such as Fishers; recorded as inputs, no models.
     """
     head = {
         "base_model": [_name(path) for path, _ in sources],
@@ -35,7 +40,7 @@ def model_card(
         "| model | content id |\n|---|---|\n" + "\n".join(lines),
         f"The recipe, as it was run:\n\n```yaml\n{yaml.safe_dump(dict(recipe), sort_keys=False)}```",
     ]
-    record = {"recipe": dict(recipe), "inputs": dict(sources), "result": digest}
+    record = {"recipe": dict(recipe), "inputs": dict([*sources, *beside]), "result": digest}
     return {"README.md": "\n\n".join(card) + "\n", RECIPE: yaml.safe_dump(record, sort_keys=False)}
 
 

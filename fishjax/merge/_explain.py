@@ -24,7 +24,7 @@ class Clash(NamedTuple):
     shared: int  # entries that more than one changes
     opposed: int  # of these, entries that they change in opposite directions
     increase: list[float] | None  # what each would lose: 1/2 sum F_i (merged - theta_i)^2, nats
-    overlap: float | None  # of the Fishers of the first two, sum sqrt(F G) / sqrt(sum F sum G), [0, 1]
+    overlap: float | None  # of the two Fishers that overlap most, sum sqrt(F G) / sqrt(sum F sum G), [0, 1]
 
 
 class Conflicts(NamedTuple):
@@ -59,8 +59,9 @@ def explain(
       Counts for each layer (what its leaves have in common up to the first number), and in all.
 
     Raises:
-      StructureError: a leaf's shape is not that of the base.
-      UsageError: wrong numbers of Fishers or weights; a rule of `keep` that matches nothing.
+      StructureError: a leaf's shape, or that of its Fisher, is not that of the base.
+      UsageError: wrong numbers of Fishers or weights; a Fisher that is negative or not finite; a rule of
+        `keep` that matches nothing.
 
     >>> import numpy as np
     >>> base = {"w": np.zeros(4)}
@@ -158,6 +159,16 @@ def _conflicts(
                     f"`{name}` is {tree.describe(base[name])} in the base "
                     f"and {tree.describe(m[name])} in model {i}; take it from one model by `keep`"
                 )
+        lacking = [i for i, f in enumerate(fishers or []) if name not in f]
+        if lacking:
+            skipped[name] = f"no Fisher in model {lacking[0]}"
+            continue
+        for i, f in enumerate(fishers or []):
+            if tuple(f[name].shape) != tuple(base[name].shape):
+                raise StructureError(
+                    f"`{name}` is {tree.describe(base[name])} in the base "
+                    f"and {tree.describe(f[name])} in the Fisher of model {i}"
+                )
         layer = found[1] if (found := _LAYER.match(name)) else name
         layers.setdefault(layer, []).append(_sums(name, base, tuned, fishers, weights))
     clashes = {layer: _clash(sums, len(tuned), fishers is not None) for layer, sums in layers.items()}
@@ -168,7 +179,7 @@ def _conflicts(
 class _Sums(NamedTuple):
     counts: np.ndarray  # [3 + n]: entries, shared, opposed, changed by each
     increase: np.ndarray  # [n]
-    fishers: np.ndarray  # [3]: sum sqrt(F G), sum F, sum G
+    overlap: np.ndarray  # [n, n]: sum sqrt(F_i F_j)
 
 
 def _sums(name: str, base: Any, tuned: Any, fishers: Any, weights: Sequence[float]) -> _Sums:
@@ -183,14 +194,19 @@ def _sums(name: str, base: Any, tuned: Any, fishers: Any, weights: Sequence[floa
         np.count_nonzero((ups > 0) & (downs > 0)),
         *changed,
     ]
-    increase, overlap = np.zeros(len(tuned)), np.zeros(3)
-    if fishers is not None and all(name in f for f in fishers):
+    increase, overlap = np.zeros(len(tuned)), np.zeros((len(tuned), len(tuned)))
+    if fishers is not None:
         known = [get(f[name]) for f in fishers]
+        for i, f in enumerate(known):
+            if not (np.isfinite(f) & (f >= 0)).all():
+                raise UsageError(
+                    f"`fishers` (number {i}) must be finite and >= 0; `{name}` is not everywhere"
+                )
         masses = [w * np.maximum(f, 1e-6) for w, f in zip(weights, known, strict=True)]
         merged = sum(m * s for m, s in zip(masses, steps, strict=True)) / sum(masses)
         increase = np.array([0.5 * (f * (merged - s) ** 2).sum() for f, s in zip(known, steps, strict=True)])
-        if len(known) > 1:
-            overlap = np.array([np.sqrt(known[0] * known[1]).sum(), known[0].sum(), known[1].sum()])
+        roots = [np.sqrt(f) for f in known]
+        overlap = np.array([[(a * b).sum() for b in roots] for a in roots])
     return _Sums(np.array(counts, np.int64), increase, overlap)
 
 
@@ -200,6 +216,9 @@ def _clash(sums: Iterable[_Sums], n: int, with_fishers: bool) -> Clash:
     if not with_fishers:
         return Clash(counts[0], counts[3:], counts[1], counts[2], None, None)
     increase = sum((s.increase for s in gathered), np.zeros(n)).tolist()
-    both, first, second = sum((s.fishers for s in gathered), np.zeros(3)).tolist()
-    overlap = both / (first * second) ** 0.5 if first * second > 0 else None
+    both = sum((s.overlap for s in gathered), np.zeros((n, n)))
+    first, second = np.triu_indices(n, 1)
+    mass = np.sqrt(both[first, first] * both[second, second])
+    overlaps = both[first, second][mass > 0] / mass[mass > 0]
+    overlap = float(overlaps.max()) if overlaps.size else None
     return Clash(counts[0], counts[3:], counts[1], counts[2], increase, overlap)

@@ -82,11 +82,12 @@ def files(
     with ExitStack() as stack:
         jobs = plan(stack, method, inputs, base=base, keep=keep, dtype=dtype, **options)
         sources = [*inputs, *([base] if base is not None else [])]
-        refuse_inputs(out, [*sources, *_paths(options)])
+        near = list(_paths(options))
+        refuse_inputs(out, [*sources, *near])
         more: dict[str, Any] = {"digests": digests, "block": block, "threads": threads}
         if dtype is not None:
             more["config"] = {"dtype": given["dtype"]}
-        return run_jobs(jobs, out, given, sources=sources, carried=sources[-1], **more)
+        return run_jobs(jobs, out, given, sources=sources, carried=sources[-1], beside=near, **more)
 
 
 def estimate(
@@ -113,6 +114,7 @@ def run_jobs(
     *,
     sources: Sequence[File],
     carried: File,
+    beside: Sequence[File] = (),
     config: Mapping[str, Any] | None = None,
     digests: bool = True,
     block: int = BLOCK,
@@ -123,6 +125,7 @@ def run_jobs(
     Args:
       recipe: what was asked for, for the card.
       sources: the models that go in.
+      beside: what else is read, such as Fishers, for the record of the inputs.
       carried: the one whose configuration and tokenizer go along.
       config: what changes in the configuration, see `carry`.
     """
@@ -146,10 +149,12 @@ def run_jobs(
             output.done(i)
         digest = _digest(engine, output.tensors) if digests else ""
         if not output.is_file:
-            ids = [_identity(engine, path) for path in sources] if digests else [""] * len(sources)
+            read = [*sources, *beside]
+            ids = [_identity(engine, path) for path in read] if digests else [""] * len(read)
             carry(Path(carried), output.partial, **(config or {}))
-            named = [(os.fspath(path), id) for path, id in zip(sources, ids, strict=True)]
-            write_texts(output.partial, model_card(recipe, named, digest))
+            named = [(os.fspath(path), id) for path, id in zip(read, ids, strict=True)]
+            models, near = named[: len(sources)], named[len(sources) :]
+            write_texts(output.partial, model_card(recipe, models, digest, beside=near))
         output.finish()
         return digest
     except Exception:

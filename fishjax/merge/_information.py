@@ -3,7 +3,8 @@
 In information form a contribution is the precision L of every entry that it changes and L * d, d its
 change of the base. Such pairs add: in any order, in any grouping, and a bad one is subtracted as if it
 had never come. Floors, priors and normalisation are applied when the sum is resolved, never before.
-Sums are float64 on the host; a store keeps the contributions and adds them again when it must be exact.
+Sums are float64 on the host and keep what rounding took from them, so that what is taken out of a sum
+leaves what was there before however large it was.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -22,9 +23,11 @@ class Evidence(NamedTuple):
     indices: np.ndarray  # int64 [N], strictly increasing positions in C order
     precision: np.ndarray  # float64 [N], the sum of L
     shift: np.ndarray  # float64 [N], the sum of L * d
+    rest: np.ndarray | None = None  # float64 [2, N], of a sum: what rounding took from precision and shift
 
 
 Information = dict[str, Evidence]  # by leaf
+Pair = tuple[np.ndarray, np.ndarray]
 
 
 def information(params: Params, patch: Patch, precision: Fisher) -> Information:
@@ -32,7 +35,7 @@ def information(params: Params, patch: Patch, precision: Fisher) -> Information:
 
     Args:
       params: the base.
-      patch: sparse and dense kinds: changes of entries, of which there is a diagonal precision.
+      patch: sparse, dense and delta kinds: changes of entries, of which there is a diagonal precision.
       precision: the contributor's diagonal Fisher (times the number of its examples, if contributors
         are to count by their data), `[*p]` for every leaf of the patch, or `[N]` at the entries of a
         sparse one; finite and >= 0.
@@ -48,7 +51,7 @@ def information(params: Params, patch: Patch, precision: Fisher) -> Information:
     >>> information({"w": np.float32([1, 1])}, patch, {"w": np.float32([9.0, 4.0])})["w"].shift
     array([8.])
     """
-    from fishjax.patches import Dense, Sparse, check
+    from fishjax.patches import Delta, Dense, Sparse, check
 
     check(params, patch)
     leaves, precisions = tree.flatten(params), tree.flatten(precision)
@@ -63,6 +66,11 @@ def information(params: Params, patch: Patch, precision: Fisher) -> Information:
         elif isinstance(kind, Dense):
             indices = np.arange(leaves[name].size, dtype=np.int64)
             values = np.asarray(kind.values).astype(np.float64).reshape(-1)
+        elif isinstance(kind, Delta):
+            every = np.arange(leaves[name].size) if kind.indices is None else np.asarray(kind.indices)
+            indices = every.astype(np.int64)
+            scales = np.repeat(np.asarray(kind.scales).astype(np.float64), kind.block)[: indices.size]
+            values = None
         else:
             raise UsageError(
                 f"`{name}` is patched by {type(kind).__name__}, whose factors have no diagonal precision; "
@@ -77,8 +85,11 @@ def information(params: Params, patch: Patch, precision: Fisher) -> Information:
             )
         if not (np.isfinite(given) & (given >= 0)).all():
             raise UsageError(f"`precision` must be finite and >= 0; `{name}` is not everywhere")
-        base = np.asarray(leaves[name]).astype(np.float64).reshape(-1)[indices]
-        found[name] = Evidence(indices, given, given * (values - base))
+        if values is None:
+            step = np.asarray(kind.codes).astype(np.float64) * scales
+        else:
+            step = values - np.asarray(leaves[name]).astype(np.float64).reshape(-1)[indices]
+        found[name] = Evidence(indices, given, given * step)
     return found
 
 
@@ -95,7 +106,8 @@ def add(*parts: Information) -> Information:
 def subtract(whole: Information, part: Information) -> Information:
     """Return information without a part that was added before: a contribution is revoked.
 
-    Entries that nobody else knows anything of vanish.
+    Entries that nobody else knows anything of vanish. A whole that carries its `rest`, as sums do, gives
+    back what is 1e-25 of what is taken out; one without (stored as plain float64) what is 1e-9 of it.
 
     Raises:
       UsageError: the part is not in the whole: a precision would be negative.
@@ -108,14 +120,15 @@ def subtract(whole: Information, part: Information) -> Information:
     rest = _combine([whole, part], [1.0, -1.0])
     result: Information = {}
     for name, left in rest.items():
-        slack = 1e-9 * _spread(whole.get(name), left.indices).precision
+        exact = name in whole and whole[name].rest is not None
+        slack = (1e-25 if exact else 1e-9) * _spread(whole.get(name), left.indices).precision
         if (left.precision < -slack).any():
             raise UsageError(
                 f"what is subtracted was never added: the precision of `{name}` would be negative"
             )
         known = left.precision > slack
         if known.any():
-            result[name] = Evidence(*(x[known] for x in left))
+            result[name] = Evidence(*(np.asarray(x)[..., known] for x in left))
     return result
 
 
@@ -136,10 +149,14 @@ def three_way(a: Information, b: Information, ancestor: Information) -> tuple[In
         old = _spread(ancestor.get(name), sums.indices)
         least = np.maximum(either[0].precision, either[1].precision)
         bad = (sums.precision <= 1e-9 * least) & ((least > 0) | (old.precision > 0))
-        best = np.where(either[0].precision >= either[1].precision, either[0].shift, either[1].shift)
+        first = either[0].precision >= either[1].precision
         guarded += int(bad.sum())
         result[name] = Evidence(
-            sums.indices, np.where(bad, least, sums.precision), np.where(bad, best, sums.shift)
+            sums.indices,
+            *(
+                np.where(bad, np.where(first, x, y), s)
+                for x, y, s in zip(*(e[1:] for e in (*either, sums)), strict=True)
+            ),
         )
     return result, guarded
 
@@ -199,20 +216,38 @@ def _combine(parts: Sequence[Mapping[str, Evidence]], signs: Sequence[float]) ->
     result: Information = {}
     for name in sorted({n for part in parts for n in part}):
         indices = np.unique(np.concatenate([p[name].indices for p in parts if name in p]))
-        precision, shift = np.zeros(indices.size), np.zeros(indices.size)
+        high, low = np.zeros((2, indices.size)), np.zeros((2, indices.size))
         for part, sign in zip(parts, signs, strict=True):
             if name in part:
-                places = np.searchsorted(indices, part[name].indices)
-                precision[places] += sign * part[name].precision
-                shift[places] += sign * part[name].shift
-        result[name] = Evidence(indices, precision, shift)
+                more = _spread(part[name], indices)
+                high, low = _plus(
+                    high, low, sign * np.stack([more.precision, more.shift]), sign * np.asarray(more.rest)
+                )
+        result[name] = Evidence(indices, high[0], high[1], low)
     return result
+
+
+def _plus(a: np.ndarray, a_low: np.ndarray, b: np.ndarray, b_low: np.ndarray) -> Pair:
+    """Return the sum of two numbers that are pairs of float64, to about 2^-104 of it."""
+    high, low = _two_sum(a, b)
+    middle, lowest = _two_sum(a_low, b_low)
+    high, low = _two_sum(high, low + middle)
+    return _two_sum(high, low + lowest)
+
+
+def _two_sum(a: np.ndarray, b: np.ndarray) -> Pair:
+    """Return a + b rounded, and what rounding took from it, exactly (Knuth)."""
+    total = a + b
+    part = total - a
+    return total, (a - (total - part)) + (b - part)
 
 
 def _spread(evidence: Evidence | None, indices: np.ndarray) -> Evidence:
     """Return evidence over more entries, zero where nothing is known."""
-    precision, shift = np.zeros(indices.size), np.zeros(indices.size)
+    precision, shift, rest = np.zeros(indices.size), np.zeros(indices.size), np.zeros((2, indices.size))
     if evidence is not None:
         places = np.searchsorted(indices, evidence.indices)
         precision[places], shift[places] = evidence.precision, evidence.shift
-    return Evidence(indices, precision, shift)
+        if evidence.rest is not None:
+            rest[:, places] = evidence.rest
+    return Evidence(indices, precision, shift, rest)

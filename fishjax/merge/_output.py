@@ -79,14 +79,14 @@ class Output:
             total = sum(num_bytes(*t.spec) for t in self.tensors.values())
             index = {"metadata": {"total_size": total}, "weight_map": homes}
             (self.partial / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
-        with contextlib.suppress(FileNotFoundError):
-            (self.partial / JOURNAL).unlink()
+        # The journal goes last: whoever is killed before that only has to finish again.
         if self.is_file:
             os.replace(self.partial / SINGLE, self.out)
             shutil.rmtree(self.partial)
         else:
             for path in self.partial.rglob("*"):
                 sync(path)
+            (self.partial / JOURNAL).unlink(missing_ok=True)
             sync(self.partial)
             os.replace(self.partial, self.out)
         sync(self.out.parent)

@@ -61,7 +61,11 @@ def patches(
         owners.setdefault(leaf, set()).add(name)
     merged: dict[str, Any] = {}
     for name, changed in sorted(owned.items()):
-        parts = [(w, p[name]) for w, p in zip(numbers, contributions, strict=True) if name in p]
+        parts = [
+            (w, _as_sparse(p[name], name, leaves))
+            for w, p in zip(numbers, contributions, strict=True)
+            if name in p
+        ]
         alone = all(owners[leaf] == {name} for leaf in changed)
         kinds = {type(k) for _, k in parts}
         if alone and kinds == {Sparse}:
@@ -73,6 +77,19 @@ def patches(
         else:
             merged |= {leaf: _dense(leaf, leaves, contributions, numbers) for leaf in changed}
     return merged
+
+
+def _as_sparse(kind: Any, name: str, leaves: Mapping[str, Array]) -> Any:
+    """Return a delta of some entries as the sparse kind that it amounts to, else the kind as it is."""
+    from fishjax.patches import Delta, Sparse
+
+    if not isinstance(kind, Delta) or kind.indices is None:
+        return kind
+    wide = tree.wide_dtype(leaves[name].dtype)
+    indices = np.asarray(kind.indices)
+    scales = np.repeat(np.asarray(kind.scales).astype(wide), kind.block)[: indices.size]
+    base = np.asarray(leaves[name]).reshape(-1)[indices].astype(wide)
+    return Sparse(indices, base + np.asarray(kind.codes).astype(wide) * scales)
 
 
 def _sparse(leaf: Array, parts: Sequence[tuple[Any, Any]]) -> Any:

@@ -18,8 +18,8 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
-import yaml
 
+from fishjax import strict_yaml
 from fishjax.errors import UsageError
 from fishjax.merge._files import RESERVED, estimate, files, rules, run_jobs
 from fishjax.merge._mergekit import mergekit_plan
@@ -80,12 +80,9 @@ def load_recipe(path: File) -> dict[str, Any]:
     """Read a recipe's YAML.
 
     Raises:
-      UsageError: it is no YAML, or no mapping, or names no method.
+      UsageError: it is no YAML, has a key twice, is no mapping, or names no method.
     """
-    try:
-        read = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UsageError(f"`{path}` is not YAML: {' '.join(str(error).split())}") from None
+    read = strict_yaml.load(Path(path), f"the recipe `{path}`")
     if not isinstance(read, dict) or not ("method" in read or "merge_method" in read):
         raise UsageError(f"`{path}` is no recipe; wanted a mapping with `method` or `merge_method`")
     return read

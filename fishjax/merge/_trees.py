@@ -4,6 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 
 from fishjax import tree
@@ -108,7 +109,7 @@ def check_equal(name: str, leaves: Sequence[Array]) -> None:
 
 
 def check_beside(blocks: Any) -> None:
-    """Raise unless the Fishers in blocks are finite and >= 0 (traced ones cannot be looked at).
+    """Raise unless the Fishers in blocks are >= 0 and their sums finite (traced ones cannot be looked at).
 
     Raises:
       UsageError: one is not; its leaf is named.
@@ -117,10 +118,12 @@ def check_beside(blocks: Any) -> None:
         for word, i, x in [(w, i, x) for w, xs in block.beside.items() for i, x in enumerate(xs)]:
             if not x.size:
                 continue
-            fine = (x.min() >= 0) & (x.max() < math.inf)  # a NaN is both, and neither holds
+            most = float(ml_dtypes.finfo(x.dtype).max) / (4 * len(block.models))
+            fine = (x.min() >= 0) & (x.max() <= most)  # a NaN is both, and neither holds
             if not is_traced(fine) and not bool(fine):
                 raise UsageError(
-                    f"`{word}` (number {i}) must be finite and >= 0; `{block.name}` is not everywhere"
+                    f"`{word}` (number {i}) must be finite and >= 0, and at most {most:.2g} for sums to "
+                    f"be finite; `{block.name}` is not everywhere"
                 )
 
 
