@@ -39,6 +39,13 @@ def test_lossy_files_state_their_error_and_promise_their_own_result(tmp_path, mo
         tmp_path / "short", tmp_path / "base", tmp_path / "out"
     )  # holds the result's digests
     got, want = checkpoint.load_params(tmp_path / "out"), patches.apply(BASE, exact)
+    checkpoint.save_params(tmp_path / "tuned", want)
+    checkpoint.diff_files(tmp_path / "base", tmp_path / "tuned", tmp_path / "diff", lossy=mode)
+    checkpoint.apply_file(tmp_path / "diff", tmp_path / "base", tmp_path / "again")
+    again, told = checkpoint.load_params(tmp_path / "again"), checkpoint.inspect(tmp_path / "diff")["lossy"]
+    for name, x in want.items():
+        error = np.abs(np.asarray(again[name], np.float64) - np.asarray(x, np.float64)).max()
+        assert error == told["leaves"].get(name, {"max_error": 0.0})["max_error"]
     loaded = patches.apply(BASE, checkpoint.load_patch(tmp_path / "short")[0])
     told = checkpoint.inspect(tmp_path / "short")["lossy"]
     assert told["mode"] == mode and "lossy" not in checkpoint.inspect(tmp_path / "exact")

@@ -11,7 +11,7 @@ import pytest
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from fishjax import checkpoint, cli, models, patches, tree
+from fishjax import checkpoint, cli, leaves, models, patches, train, tree
 from fishjax.errors import StructureError, UsageError
 from tests.test_peft import FIXTURES
 
@@ -131,22 +131,29 @@ def test_gradients_reach_each_tasks_own_row_and_train_it(x64):
     """Two steps of momentum on all tasks at once are two steps on each, bit for bit but rounding."""
     params, all_patches = base(jnp.float64), adapters(jnp.float64)
     optimizer, targets = optax.sgd(0.1, momentum=0.9), np.random.default_rng(3).normal(size=(B, T, V))
-    each = lambda params, ids, y: jnp.sum(jnp.sin(model(params, ids) - y), axis=(1, 2))
+    batch = {"ids": IDS, "y": targets}
+    one = lambda params, e: jnp.sum(jnp.sin(model(params, e["ids"][None])[0] - e["y"]))
 
-    def train(start, losses):
-        state, step = optimizer.init(start), jax.jit(jax.grad(losses))
+    def trained(start, step, batch):
+        state, step = train.init(start, optimizer), jax.jit(step)
         for _ in range(2):
-            updates, state = optimizer.update(step(start), state)
-            start = optax.apply_updates(start, updates)
-        return start
+            state, _ = step(state, params, batch)
+        return train.patch_of(state)
 
-    mixed = lambda s: jnp.sum(patches.unfolded(each)(params, patches.select(s, TASKS), IDS, targets))
-    together = patches.unstack(train(patches.stack(all_patches), mixed))
+    mixed = train.make_mixed_step(one, optimizer)
+    together = patches.unstack(
+        trained(patches.stack(all_patches), mixed, {**batch, "task_ids": np.array(TASKS, np.int32)})
+    )
     for i in (0, 1, 4):
         mine = np.array(TASKS) == i
-        alone = lambda p, m=mine: jnp.sum(patches.unfolded(each)(params, p, IDS[m], targets[m]))
-        jax.tree.map(lambda a, b: close(a, b, 1e-10), together[i], train(all_patches[i], alone))
+        share = mine.sum() / B
+        own = lambda params, e, share=share: share * one(params, e)
+        alone = train.make_step(leaves.interpret(own), optimizer, apply=patches.unfold)
+        want = trained(all_patches[i], alone, {n: x[mine] for n, x in batch.items()})
+        jax.tree.map(lambda a, b: close(a, b, 1e-10), together[i], want)
     jax.tree.map(np.testing.assert_array_equal, together[3], all_patches[3])  # no example was its own
+    with pytest.raises(StructureError, match="`task_ids`; got ids, y"):
+        mixed(train.init(patches.stack(all_patches), optimizer), params, batch)
 
 
 def test_unstacked_patches_are_those_that_were_stacked():

@@ -60,16 +60,27 @@ def test_from_a_mixture_to_few_shots(tmp_path, capsys):
     start = [
         f'PRETRAINED = "{tmp_path}/pre.safetensors"',
         "contribute.run.learning_rate = 0.1",
+        "contribute.run.shots = 6",
     ]
     assert fit("tfew/few_shot", "few.safetensors", *start) == 0
     patch, metadata = checkpoint.load_patch(tmp_path / "few.safetensors")
     assert metadata["recipe"]["method"] == "ia3" and metadata["recipe"]["from"]["steps"] == 30
     assert all(isinstance(kind, patches.Scale) for kind in patch.values())
 
+    assert metadata["recipe"]["data"].endswith(", 6 shots of seed 0")
+
     rows, _ = contribute.read(
         str(tmp_path / "task.jsonl"), str(tmp_path / "model"), model, templates=str(tmp_path / "task.yaml")
     )
     assert data.examples(rows) == 16
+    some, _ = contribute.read(
+        str(tmp_path / "task.jsonl"),
+        str(tmp_path / "model"),
+        model,
+        templates=str(tmp_path / "task.yaml"),
+        shots=6,
+    )
+    assert data.examples(some) == 12  # each under both templates
     loss = jax.jit(lambda p: jax.vmap(train.tfew_loss(model), (None, 0))(p, rows).mean())
     tuned, pretrained = (
         patches.apply(params, jax.tree.map(jnp.asarray, checkpoint.load_patch(tmp_path / f)[0]))

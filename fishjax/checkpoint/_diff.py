@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fishjax.checkpoint._digest import leaf_digest
-from fishjax.checkpoint._kinds import Change
+from fishjax.checkpoint._kinds import Change, fold
+from fishjax.checkpoint._lossy import MODES, shorten
 from fishjax.checkpoint._params import open_params
 from fishjax.checkpoint._patch import write_patch
 from fishjax.checkpoint._safetensors import release
@@ -35,6 +36,7 @@ def diff_files(
     out: str | os.PathLike,
     *,
     metadata: Mapping[str, Any] | None = None,
+    lossy: str | None = None,
 ) -> Difference:
     """Write the patch that turns `base` into `tuned`, bit for bit. Needs no jax.
 
@@ -43,11 +45,11 @@ def diff_files(
 
     Args:
       base, tuned: .safetensors files or Hugging Face folders, with the same tensors.
-      metadata: as for `save_patch`.
+      metadata, lossy: as for `save_patch`; a lossy patch is nearly what was asked for, and says how nearly.
 
     Raises:
       StructureError: the models differ in names, shapes or dtypes, or a new value is not finite.
-      UsageError: `out` is one of the inputs.
+      UsageError: `out` is one of the inputs; an unknown `lossy`.
     """
     for path in (base, tuned):
         if os.path.realpath(out) == os.path.realpath(path):
@@ -55,7 +57,10 @@ def diff_files(
     changes: dict[str, Change] = {}
     base_digests: dict[str, Digest] = {}
     results: dict[str, Digest] = {}
+    errors: dict[str, dict[str, float]] = {}
     count = 0
+    if lossy not in (None, *MODES):
+        raise UsageError(f"`lossy` must be one of {', '.join(map(repr, MODES))}, or None; got {lossy!r}")
     with open_params(base) as old, open_params(tuned) as new:
         specs = old.specs
         check_same(specs, new.specs, (f"`{base}`", f"`{tuned}`"))
@@ -65,11 +70,17 @@ def diff_files(
             changed = _bits(before) != _bits(after)
             kept = int(np.count_nonzero(changed))
             if kept:
-                changes[name] = _change(changed, kept, after)
-                results[name] = leaf_digest(name, after)
+                changes[name], got = _change(changed, kept, after), after
+                if lossy is not None:
+                    short, lost = shorten(lossy, {name: changes[name]}, lambda _, before=before: before)
+                    changes |= short
+                    errors |= lost["leaves"]
+                    got = fold(name, changes[name], name, before)
+                results[name] = leaf_digest(name, got)
                 release(after)
             count += kept
-        digest = write_patch(out, changes, specs, base_digests, results, metadata)
+        lost = None if lossy is None else {"mode": lossy, "leaves": errors}
+        digest = write_patch(out, changes, specs, base_digests, results, metadata, lossy=lost)
     entries = sum(math.prod(spec.shape) for spec in specs.values())
     return Difference(digest, len(changes), count, entries, Path(out).stat().st_size)
 

@@ -10,6 +10,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("base", metavar="BASE", help="a .safetensors file or a Hugging Face folder")
     parser.add_argument("tuned", metavar="TUNED", help="the changed model, with the same tensors")
     parser.add_argument("--out", metavar="PATCH", required=True, help="the patch file to write")
+    parser.add_argument(
+        "--lossy", choices=["bf16", "int8"], help="fewer bytes, no longer exact; `inspect` tells the error"
+    )
     parser.add_argument("--author", help="who made the change")
     parser.add_argument("--licence", help="an SPDX identifier")
     parser.add_argument("--json", action="store_true", help="for machines")
@@ -20,7 +23,7 @@ def run(args: argparse.Namespace) -> None:
 
     said = {"author": args.author, "licence": args.licence}
     metadata = {key: value for key, value in said.items() if value is not None}
-    done = checkpoint.diff_files(args.base, args.tuned, args.out, metadata=metadata)
+    done = checkpoint.diff_files(args.base, args.tuned, args.out, metadata=metadata, lossy=args.lossy)
     if args.json:
         print(json.dumps({"out": args.out, **done._asdict()}))
     else:

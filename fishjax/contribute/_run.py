@@ -9,6 +9,7 @@ import optax
 from jax.sharding import Mesh
 
 from fishjax import checkpoint, data, mesh, models, train, tree
+from fishjax.checkpoint._lossy import MODES
 from fishjax.contribute._choose import Made
 from fishjax.contribute._fit import adam, fit
 from fishjax.contribute._read import read
@@ -31,6 +32,7 @@ def run(
     metadata: Mapping[str, Any] | None = None,
     templates: str | Sequence[str | None] | None = None,
     limit: int | None = None,
+    shots: int | None = None,
     loss: Callable[[models.Model], LossFn] = models.example_loss,
     optimizer: Callable[[float, int], optax.GradientTransformation] = adam,
     on: Mesh | None = None,
@@ -38,6 +40,7 @@ def run(
     remat: bool = False,
     scan: bool = False,
     refresh_every: int | None = None,
+    lossy: str | None = None,
 ) -> Digest:
     """Make a patch for a model folder and write it: what `fishjax train` calls.
 
@@ -55,21 +58,26 @@ def run(
       metadata: author, licence, claims ... for the patch's manifest.
       templates: a file as of `data.load_templates` for each FILE.jsonl, whose lines are then a task's rows.
       limit: at most so many examples of each task of a mixture.
+      shots: train on so few examples of each data set, drawn by the seed; None takes all.
       loss, optimizer, remat: as of `fit`.
       scan: stack equal blocks while training, as of `fit`; the patch is of the model's own leaves.
       on: a mesh (`mesh.make`) onto which the model is loaded and on which all else then happens.
       rules: `(model, mesh) -> rules` as of `mesh.shard`.
       refresh_every: steps after which `make` chooses a new mask, of the weights as they are by then; what
         was learnt stays, so the patch has the entries of all masks. None keeps the first.
+      lossy: "bf16" or "int8", fewer bytes and an error that the file states, as of `checkpoint.save_patch`.
 
     Raises:
       UsageError: `out` exists; there is no mask to refresh; an argument makes no sense.
     """
+    if lossy not in (None, *MODES):
+        raise UsageError(f"`lossy` must be one of {', '.join(map(repr, MODES))}, or None; got {lossy!r}")
     if Path(out).exists():
         raise UsageError(f"`{out}` exists; remove it or choose another name")
     where = None if on is None else lambda m, shapes: mesh.shardings(shapes, rules(m, on), on)
     loaded, base = models.load(model, shardings=where)
-    rows, data_id = read(data_from, model, loaded, split=split, templates=templates, limit=limit, seed=seed)
+    options: dict[str, Any] = {"split": split, "templates": templates, "limit": limit, "shots": shots}
+    rows, data_id = read(data_from, model, loaded, **options, seed=seed)
     some = {name: x[:examples] for name, x in rows.items()}
     batches = [mesh.shard_batch(b, on) for b in data.batches(some, min(batch_size, data.examples(some)))]
     made = make(jax.random.key(seed), base, loaded, batches)
@@ -106,13 +114,16 @@ def run(
     if scan or jax.process_count() > 1:  # the base is no longer here as it was; its files are
         whole = tree.flatten(checkpoint.load_params(model))
         params = {n: whole[n] for n in tree.flatten(shapes)}
-    return _save(out, mesh.gather(patch), params, {**(metadata or {}), "recipe": recipe}, partial)
+    said = {**(metadata or {}), "recipe": recipe}
+    return _save(out, mesh.gather(patch), params, said, partial, lossy)
 
 
-def _save(out: str, patch: Patch, base: Params, metadata: Mapping[str, Any], partial: Path) -> Digest:
+def _save(
+    out: str, patch: Patch, base: Params, metadata: Mapping[str, Any], partial: Path, lossy: str | None
+) -> Digest:
     """Write the patch once, whatever the number of processes, and let go of the training's state."""
     if jax.process_index() == 0:
-        checkpoint.save_patch(out, patch, base=base, metadata=metadata)
+        checkpoint.save_patch(out, patch, base=base, metadata=metadata, lossy=lossy)
         train.remove_state(partial)
     if jax.process_count() > 1:
         from jax.experimental.multihost_utils import sync_global_devices

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from fishjax.data._choices import encode_choices
+from fishjax.data._choices import encode_choices, few_shot
 from fishjax.data._lines import json_lines
 from fishjax.data._templates import Question, Template, render_all
 from fishjax.errors import FileFormatError
@@ -15,7 +15,13 @@ from fishjax.types import Batch
 
 
 def load_jsonl(
-    path: str | Path, folder: str | Path, model: Model, *, templates: Sequence[Template] | None = None
+    path: str | Path,
+    folder: str | Path,
+    model: Model,
+    *,
+    templates: Sequence[Template] | None = None,
+    shots: int | None = None,
+    seed: int = 0,
 ) -> Batch:
     """Return the examples of a file as arrays with a leading axis of examples, padded to one length.
 
@@ -30,12 +36,14 @@ def load_jsonl(
     Args:
       folder: the model's folder, whose tokenizer.json encodes text.
       templates: a line holds the fields of a task instead, and is an example under each of them.
+      shots, seed: only so many lines, as of `few_shot`; None takes all.
 
     Raises:
       FileFormatError: a line is malformed, or of another form than the first.
-      UsageError: there is text and no tokenizer.
+      UsageError: there is text and no tokenizer; there are fewer lines than `shots`.
     """
     rows = _rows(Path(path), _problem if templates is None else _no_row)
+    rows = rows if shots is None else few_shot(rows, shots, seed=seed)
     fields = set(rows[0])
     if templates is not None:
         return encode_choices(render_all(templates, rows), load_tokenizer(folder, model), model)

@@ -17,6 +17,7 @@ from fishjax.train._losses import (
     tfew_loss,
     unlikelihood_loss,
 )
+from fishjax.train._mixed import make_mixed_step
 from fishjax.train._rank import Spread, rank_classify, spread
 from fishjax.train._refresh import refresh
 from fishjax.train._stages import fit_refreshed
@@ -45,6 +46,7 @@ __all__ = [
     "lm_loss",
     "local_steps",
     "make_in_place_step",
+    "make_mixed_step",
     "make_parallel_step",
     "make_step",
     "patch_of",
