@@ -69,13 +69,14 @@ def ensemble(
     tuned = [lab.tune(base, part, steps=steps, seed=seed * 100 + i) for i, part in enumerate(parts)]
     fishers = [lab.fisher(params, part) for params, part in zip(tuned, parts)]
     together = np.mean([lab.probabilities(params, test) for params in tuned], axis=0)
-    return {
+    shown = {
         "base": lab.accuracy(base, test),
         "one model": float(np.mean([lab.accuracy(params, test) for params in tuned])),
         "merged by average": lab.accuracy(merge.average(tuned), test),
         "merged by Fisher": lab.accuracy(merge.fisher(tuned, fishers=fishers, floor=0.0), test),
         "ensemble of outputs": float((together.argmax(-1) == test["label"]).mean()),
     }
+    return {"rows": shown}
 
 
 def robust(
@@ -133,6 +134,7 @@ def donor(
     report = lambda params: lab.accuracy(params, test)
     own_fisher = lab.fisher(alone, few)
     result: Result = {"base": report(base), "target alone": report(alone)}
+    sweeps: dict[str, Any] = {}
     for other in donors:
         rows = other.of(lab.digits["train"])
         taught = lab.tune(base, rows, steps=donor_steps, seed=seed)
@@ -143,7 +145,10 @@ def donor(
         for way, merged in _both(pair, fishers).items():
             found = merge.search.grid(merged, parents=pair, select=select, points=points)
             result[f"{other.name}: merged by {way}"] = report(found.params)
-    return result
+            trials = sorted(found.trials, key=lambda t: t.weights[1])
+            sweep = sweeps.setdefault(other.name, {"weights": [t.weights[1] for t in trials]})
+            sweep[way] = [t.score for t in trials]  # on validation data
+    return {"rows": result, "sweeps": sweeps}
 
 
 def several(

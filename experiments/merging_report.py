@@ -26,8 +26,12 @@ def markdown(results: Mapping[str, Sequence[Mapping[str, Any]]], plots: Path) ->
         elif "curves" in cells[0]:
             lines += _robust(cells, plots / name)
         else:
+            tests = {row: [c["rows"][row] for c in cells] for row in cells[0]["rows"]}
             lines += ["| model | test accuracy |", "|---|---|"]
-            lines += [f"| {row} | {spread([c[row] for c in cells])} |" for row in cells[0]]
+            lines += [f"| {row} | {spread(values)} |" for row, values in tests.items()]
+            means = {row.replace(": ", ":\n"): {"test": float(np.mean(x))} for row, x in tests.items()}
+            plot.accuracies(means, plots / name)
+            _sweeps(cells, plots)
         lines.append("")
     return "\n".join(lines)
 
@@ -49,6 +53,21 @@ def _several(cells: Sequence[Mapping[str, Any]]) -> list[str]:
         shown = [f"{x:.3f}" for x in scores.mean(0)] + [spread(scores.mean(1).tolist())]
         lines.append(f"| {rule} | {' | '.join(shown)} |")
     return lines
+
+
+def _sweeps(cells: Sequence[Mapping[str, Any]], plots: Path) -> None:
+    """Draw accuracy over the weight of each donor, mean over seeds."""
+    for donor, first in cells[0].get("sweeps", {}).items():
+        ways = [way for way in first if way != "weights"]
+        curves = {way: np.mean([c["sweeps"][donor][way] for c in cells], axis=0).tolist() for way in ways}
+        path = plots / f"donor_{donor.replace(' ', '_')}"
+        plot.curves(
+            first["weights"],
+            curves,
+            path,
+            labels=(f"target  ←  weight of the donor  →  {donor}", "accuracy of the target (validation)"),
+            title=f"Donor: {donor}",
+        )
 
 
 def _robust(cells: Sequence[Mapping[str, Any]], path: Path) -> list[str]:

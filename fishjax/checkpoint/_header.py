@@ -117,8 +117,13 @@ def check_seal(path: Path, fd: int, size: int, header: bytes, metadata: Mapping[
         )
     whole = hashlib.sha256(len(header).to_bytes(8, "little"))
     whole.update(header[:at] + b"0" * 64 + header[at + 64 :])
-    for start in range(8 + len(header), size, 1 << 24):
-        whole.update(_read_exactly(path, fd, start, min(1 << 24, size - start)))
+    start, buffer = 8 + len(header), memoryview(bytearray(1 << 20))  # one that stays in the cache
+    while start < size:
+        count = os.preadv(fd, [buffer[: size - start]], start)
+        if not count:
+            raise FileFormatError(f"`{path}` became shorter while it was read")
+        whole.update(buffer[:count])
+        start += count
     if whole.hexdigest() != seal:
         raise FileFormatError(
             f"`{path}` is corrupt: its SHA-256 is {whole.hexdigest()[:16]}, it says {seal[:16]}; get it again"

@@ -20,6 +20,7 @@ class Tensor(NamedTuple):
     fd: int
     start: int  # the byte where it begins
     spec: Spec
+    sealed: bool = False  # whether the file has a checksum of its own, as Fisher files have
 
     @property
     def size(self) -> int:

@@ -10,6 +10,7 @@ import numpy as np
 
 from fishjax.checkpoint import read_patch
 from fishjax.checkpoint._digest import root
+from fishjax.checkpoint._safetensors import open_file
 from fishjax.merge._card import model_card
 from fishjax.merge._output import Output, carry, refuse_inputs, write_texts
 from fishjax.merge._plan import Cost, File, Job, cost, key_of, open_tensors, plan
@@ -132,6 +133,9 @@ def run_jobs(
     engine = Engine(jobs, rules(), block=block, threads=threads)
     output = None
     try:
+        sealed = sorted({t.path for job in jobs for _, t in job.inputs() if t.sealed})
+        for file in engine.map(lambda path: open_file(path, sealed=True), sealed):
+            file.close()  # its checksum was right
         output = Output(out, {j.name: j.spec for j in jobs}, key_of(jobs, block=engine.block, out=str(out)))
         pieces = engine.pieces()
         if "measured" in output.state:

@@ -16,7 +16,6 @@ from fishjax import tree
 from fishjax.checkpoint import open_params
 from fishjax.checkpoint._dtypes import Spec, num_bytes
 from fishjax.checkpoint._manifest import is_sealed
-from fishjax.checkpoint._safetensors import open_file
 from fishjax.errors import StructureError, UsageError
 from fishjax.merge._blocks import Tensor
 from fishjax.merge._rule import Options, Rule, is_inexact, wants_sums
@@ -63,12 +62,11 @@ def open_tensors(stack: ExitStack, path: File) -> dict[str, Tensor]:
     """Open a model's files and return where every tensor is."""
     tensors: dict[str, Tensor] = {}
     for file in stack.enter_context(open_params(path)).files.values():
-        if is_sealed(file.metadata):
-            open_file(file.path, sealed=True).close()  # a Fisher file: its own checksum must be right
+        sealed = is_sealed(file.metadata)  # a Fisher file
         fd = os.open(file.path, os.O_RDONLY | os.O_CLOEXEC)
         stack.callback(os.close, fd)
         for name, entry in file._entries.items():
-            tensors[name] = Tensor(str(file.path), fd, entry.start, Spec(entry.dtype, entry.shape))
+            tensors[name] = Tensor(str(file.path), fd, entry.start, Spec(entry.dtype, entry.shape), sealed)
     return tensors
 
 

@@ -123,13 +123,18 @@ class Engine:
                 for j in js:
                     self.measured[j] = totals
         ranked = [js for (rule, _), js in groups.items() if self.rules[rule].ranks is not None]
-        for js in track(ranked, "ranking", len(ranked)) if ranked else []:
-            found = self._thresholds(js)
+        if len(ranked) > 1:  # a tensor a thread: none waits for the end of another one's pass
+            found: Iterable[Any] = self.map(lambda js: self._thresholds(js, map), ranked)
+        else:
+            found = (self._thresholds(js, self.map) for js in ranked)
+        for js, values in zip(ranked, track(found, "ranking", len(ranked)) if ranked else (), strict=True):
             for j in js:
-                self.measured[j] = found
+                self.measured[j] = values
 
-    def _thresholds(self, jobs: Sequence[int]) -> list[list[float]]:
-        """Return, for each ranked array and k, the k-th largest value over some jobs."""
+    def _thresholds(
+        self, jobs: Sequence[int], over: Callable[[Callable[[Any], Any], Sequence[Any]], Iterable[Any]]
+    ) -> list[list[float]]:
+        """Return, for each ranked array and k, the k-th largest value over some jobs; `over` maps pieces."""
         first = self.jobs[jobs[0]]
         rule = self.rules[first.rule]
         size = sum(self.jobs[j].models[0].size for j in jobs)
@@ -142,9 +147,9 @@ class Engine:
         ranking = Ranking(counts)
         few = max(16, min(SAMPLE, size // 16) // len(pieces))  # sorting is one thread's work
         sample = [p._replace(stop=min(p.stop, p.start + few)) for p in pieces]
-        ranking.guess([np.concatenate(xs) for xs in zip(*self.map(ranks, sample), strict=True)], size)
+        ranking.guess([np.concatenate(xs) for xs in zip(*over(ranks, sample), strict=True)], size)
         while not ranking.done:
-            for found in self.map(lambda piece: ranking.count(ranks(piece)), pieces):
+            for found in over(lambda piece: ranking.count(ranks(piece)), pieces):
                 ranking.add(found)
             ranking.narrow()
         return ranking.values()
