@@ -72,15 +72,15 @@ def diff_files(
             if kept:
                 changes[name], got = _change(changed, kept, after), after
                 if lossy is not None:
-                    short, lost = shorten(lossy, {name: changes[name]}, lambda _, before=before: before)
+                    short, lost = shorten(lossy, {name: changes[name]}, old.__getitem__)
                     changes |= short
                     errors |= lost["leaves"]
                     got = fold(name, changes[name], name, before)
                 results[name] = leaf_digest(name, got)
                 release(after)
             count += kept
-        lost = None if lossy is None else {"mode": lossy, "leaves": errors}
-        digest = write_patch(out, changes, specs, base_digests, results, metadata, lossy=lost)
+        told = None if lossy is None else {"mode": lossy, "leaves": errors}
+        digest = write_patch(out, changes, specs, base_digests, results, metadata, lossy=told)
     entries = sum(math.prod(spec.shape) for spec in specs.values())
     return Difference(digest, len(changes), count, entries, Path(out).stat().st_size)
 

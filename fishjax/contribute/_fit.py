@@ -89,7 +89,7 @@ def make_step(
       loss, remat, scan: as of `fit`.
     """
     whole = on is None or tuple(on.shape) == ("data",)
-    held = model if whole else mesh.constrain(model, on)
+    held = model if on is None or whole else mesh.constrain(model, on)
     held = models.scanned(held, remat=remat) if scan else models.remat(held) if remat else held
     loss_fn = loss(held)
     if whole and isinstance(on, Mesh):

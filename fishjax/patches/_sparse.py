@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +24,8 @@ class Sparse:
     def problem(self, name: str, leaves: Mapping[str, Array]) -> str | None:
         """Return why this does not fit the leaf, or None; contents only when they are concrete."""
         size = leaves[name].size
-        if size > np.iinfo(np.int32).max and not jax.config.jax_enable_x64:
+        config: Any = jax.config
+        if size > np.iinfo(np.int32).max and not config.jax_enable_x64:
             return f"it has {size} entries, more than 32 bits count; apply the patch from file to file"
         if self.indices.ndim != 1 or self.indices.shape != self.values.shape:
             return (

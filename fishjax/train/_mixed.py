@@ -1,5 +1,7 @@
 """Several patches trained at once: each example of a batch moves the patch of its own task."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -40,8 +42,9 @@ def make_mixed_step(loss_fn: LossFn, optimizer: optax.GradientTransformation) ->
         if "task_ids" not in batch:
             raise StructureError(f"a batch of several tasks has `task_ids`; got {', '.join(sorted(batch))}")
         rest = {name: x for name, x in batch.items() if name != "task_ids"}
-        ids = jnp.asarray(batch["task_ids"])
-        return each(params, patches.Selected(patches.combine(trainable, fixed), ids), rest).mean()
+        stacked: Any = patches.combine(trainable, fixed)
+        patch = patches.Selected(stacked, jnp.asarray(batch["task_ids"]))
+        return each(params, patch, rest).mean()
 
     value_and_grad = jax.value_and_grad(mean_loss)
 
