@@ -48,23 +48,11 @@ def fisher_histograms(fisher: Fisher, path: str | Path) -> list[Path]:
       fisher: `[*p]` >= 0 for every leaf.
       path: where to, without an ending.
     """
-    layers: dict[str, list[np.ndarray]] = {}
-    for name, leaf in tree.flatten(fisher).items():
-        layers.setdefault(_layer(name), []).append(np.asarray(leaf, np.float32).reshape(-1))
-    rows = {name: np.concatenate(layers[name]) for name in sorted(layers, key=_natural)}
-    powers = {name: np.log10(x[x > 0]) for name, x in rows.items()}
-    if not any(len(p) for p in powers.values()):
-        raise UsageError("the Fisher is zero everywhere; there is nothing to draw")
-    low = min(p.min() for p in powers.values() if len(p))
-    high = max(p.max() for p in powers.values() if len(p))
-    edges = np.linspace(low, max(high, low + 1e-3), 61)
+    rows, edges, heights = _powers_by_layer(fisher)
     with _figure(path, (7, 1.4 + 0.45 * len(rows))) as (_, axes):
-        for i, name in enumerate(rows):
-            height, _ = np.histogram(powers[name], edges)
-            top = max(height.max(initial=0), 1)
-            axes.fill_between(edges[:-1], -i, 0.85 * height / top - i, step="post", alpha=0.8)
-        zeros = {name: np.count_nonzero(x == 0) / max(1, x.size) for name, x in rows.items()}
-        labels = [f"{n}, {100 * z:.3g} % zero" if z else n for n, z in zeros.items()]
+        for i, height in enumerate(heights):
+            axes.stairs(0.85 * height / max(height.max(), 1) - i, edges, baseline=-i, fill=True, alpha=0.8)
+        labels = [f"{name}, {100 * zero:.3g} % zero" if zero else name for name, zero in rows.items()]
         axes.set_yticks([-i for i in range(len(rows))], labels, fontsize=8)
         axes.set_xlabel("log10 of the Fisher information")
         axes.set_title("Diagonal Fisher by layer (each scaled to its peak)")
@@ -190,6 +178,22 @@ def _layer(name: str) -> str:
 def _natural(text: str) -> list:
     """Sort key that puts `block_2` before `block_10`."""
     return [(0, int(p), "") if p.isdigit() else (1, 0, p) for p in re.split(r"(\d+)", text) if p]
+
+
+def _powers_by_layer(fisher: Fisher) -> tuple[dict[str, float], np.ndarray, np.ndarray]:
+    """Return `{layer: share of zeros}`, edges in powers of ten `[61]` and counts by layer `[rows, 60]`."""
+    layers: dict[str, list[np.ndarray]] = {}
+    for name, leaf in tree.flatten(fisher).items():
+        layers.setdefault(_layer(name), []).append(np.asarray(leaf, np.float32).reshape(-1))
+    entries = {name: np.concatenate(layers[name]) for name in sorted(layers, key=_natural)}
+    powers = [np.log10(x[x > 0]) for x in entries.values()]
+    if not any(map(len, powers)):
+        raise UsageError("the Fisher is zero everywhere; there is nothing to draw")
+    low = min(p.min() for p in powers if len(p))
+    high = max(p.max() for p in powers if len(p))
+    edges = np.linspace(low, max(high, low + 1e-3), 61)
+    rows = {name: float(np.count_nonzero(x == 0) / max(1, x.size)) for name, x in entries.items()}
+    return rows, edges, np.stack([np.histogram(p, edges)[0] for p in powers])
 
 
 def _by_layer(kept: Mapping[str, tuple[int, int]]):

@@ -1,12 +1,15 @@
 """Estimators of the Fisher against closed forms and single-example loops."""
 
+import json
+import pathlib
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fishjax import fisher
-from fishjax.errors import UsageError
+from fishjax import fisher, models
+from fishjax.errors import StructureError, UsageError
 
 
 def mlp(params, x):
@@ -91,13 +94,22 @@ def test_exact_is_the_expectation_over_classes(problem):
     same(got, loop(params, batch, expected))
 
 
-def test_exact_counts_every_token_of_the_mask(problem):
+def yes_or_no(params, example):
+    """sqrt(p_c (1 - p_c)) times the gradient of logit c, for every output c."""
+    for c in range(3):
+        z, g = jax.value_and_grad(lambda q, c=c: mlp(q, example["x"])[c])(params)
+        p = jax.nn.sigmoid(z)
+        yield jax.tree.map(lambda g, p=p: jnp.sqrt(p * (1 - p)) * g, g)
+
+
+@pytest.mark.parametrize("likelihood, rows", [("categorical", expected), ("bernoulli", yes_or_no)])
+def test_exact_counts_every_token_of_the_mask(problem, likelihood, rows):
     params, _ = problem
     x = jnp.array(np.random.default_rng(3).normal(size=(4, 6, 5)))  # [B, T, 5]
     keep = jnp.arange(6) < 4
-    estimator = fisher.exact(tokens, token_mask=lambda _: keep)
+    estimator = fisher.exact(tokens, likelihood=likelihood, token_mask=lambda _: keep)
     flat = {"x": x[:, :4].reshape(-1, 5)}
-    want = jax.tree.map(lambda f: 4 * f, loop(params, flat, expected))  # 4 tokens an example
+    want = jax.tree.map(lambda f: 4 * f, loop(params, flat, rows))  # 4 tokens an example
     same(fisher.estimate(estimator, params, [x]), want)
 
 
@@ -143,6 +155,22 @@ def test_saturated_probabilities_stay_finite_and_right(gap):
     want = p * others * logits**2
     assert got.dtype == jnp.float32
     np.testing.assert_allclose(got, want, rtol=2e-4, atol=1e-37)
+    got = fisher.estimate(fisher.exact(lambda w, x: w * x, likelihood="bernoulli"), jnp.ones(4), [x])
+    want = logits**2 / (1 + np.exp(-logits)) / (1 + np.exp(logits))
+    np.testing.assert_allclose(got, want, rtol=2e-4, atol=1e-37)
+
+
+@pytest.mark.parametrize("method", ["one_pass", "reference"])
+def test_classes_share_one_forward_and_are_scanned(method):
+    def program(classes, **options):
+        params = {"w1": jnp.zeros((5, 4)), "b1": jnp.zeros(4), "w2": jnp.zeros((4, classes))}
+        estimator = fisher.exact(mlp, method=method, chunk_size=2, **options)
+        return str(jax.make_jaxpr(estimator.update)(estimator.init(params), params, jnp.zeros((2, 5))))
+
+    program(2, max_rows=1)  # C - 1 backwards
+    few, many = program(9), program(33)
+    assert few.count(" tanh ") == many.count(" tanh ") == 1
+    assert few.count(" = ") == many.count(" = ")  # equations
 
 
 def test_a_class_at_minus_infinity_has_no_part():
@@ -176,10 +204,12 @@ def test_the_state_continues_bit_for_bit_from_orbax(problem, tmp_path, key):
         saver.wait_until_finished()
         restored = saver.restore(tmp_path / "state", jax.eval_shape(estimator.init, params))
     assert isinstance(restored, fisher.FisherState)
-    through = update(first, params, batch, key)
-    resumed = update(restored, params, batch, key)
-    for x, y in zip(jax.tree.leaves(through), jax.tree.leaves(resumed), strict=True):
-        np.testing.assert_array_equal(x, y)
+    through = estimator.finalize(update(first, params, batch, key))
+    resumed = fisher.estimate(estimator, params, [batch], key=key, state=restored)
+    jax.tree.map(np.testing.assert_array_equal, through, resumed)
+    assert restored.count == 7  # it is copied, not donated
+    with pytest.raises(StructureError, match="`w2`"):
+        fisher.estimate(estimator, {**params, "w2": params["w1"]}, [batch], key=key, state=restored)
 
 
 def test_the_accumulator_is_donated(problem):
@@ -199,6 +229,34 @@ def test_legacy_sqrt_sum_is_what_it_says(problem):
     factor = (jnp.sqrt(p[1]) - jnp.sqrt(p[0])) ** 2
     want = jax.tree.map(lambda f: f * factor, fisher.estimate(fisher.exact(two), params, [x]))
     same(fisher.estimate(fisher.legacy_sqrt_sum(two), params, [x]), want)
+
+
+def test_legacy_argmax_squares_the_gradient_of_a_batch(problem):
+    params, batch = problem
+    best = lambda p, x: -jnp.max(jax.nn.log_softmax(mlp(p, x)))
+    single = jax.jit(jax.vmap(jax.grad(best), (None, 0)))(params, batch["x"])
+    parts = slice(0, 3), slice(3, 7)
+    want = jax.tree.map(lambda g: sum(g[part].mean(0) ** 2 for part in parts) / 2, single)
+    same(fisher.estimate(fisher.legacy_argmax(mlp), params, [batch["x"][part] for part in parts]), want)
+
+
+def test_a_seq2seq_fisher_is_that_of_unpadded_labels(x64):
+    config = json.loads((pathlib.Path(__file__).parent / "fixtures/models/t5_v1_0/config.json").read_text())
+    model = models.build(config | {"num_layers": 1, "num_decoder_layers": 1})
+    rng = np.random.default_rng(0)
+    shapes = jax.eval_shape(model.init, jax.random.key(0))
+    params = jax.tree.map(lambda s: jnp.asarray(rng.normal(size=s.shape) / 2), shapes)
+    rows = [{"input_ids": [3, 1, 4], "labels": [5, 9, 2]}, {"input_ids": [2, 7], "labels": [8]}]
+    padded = {
+        "input_ids": np.array([[3, 1, 4], [2, 7, 0]], np.int32),
+        "attention_mask": np.array([[1, 1, 1], [1, 1, 0]], np.int32),
+        "labels": np.array([[5, 9, 2], [8, -100, -100]], np.int32),
+    }
+    loss_of = models.example_loss(model)
+    gradient = jax.jit(jax.grad(loss_of))
+    found = [gradient(params, {n: np.array(x, np.int32) for n, x in row.items()}) for row in rows]
+    want = jax.tree.map(lambda a, b: (np.square(a) + np.square(b)) / 2, *found)
+    same(fisher.estimate(fisher.empirical(loss_of), params, [padded]), want)
 
 
 def nan_in_w2(params, example):

@@ -1,9 +1,11 @@
 """The one-pass Fisher against the reference: layers of every kind, and random programs."""
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from hypothesis import given
 from hypothesis import strategies as st
 from jax import lax
@@ -33,6 +35,14 @@ def own_matmul(x, w):
 
 own_matmul.defvjp(lambda x, w: (x @ w, (x, w)), lambda xw, g: (g @ xw[1].T, 3 * xw[0].T @ g))
 
+
+@jax.custom_jvp
+def own_product(x, w):
+    return x @ w
+
+
+own_product.defjvp(lambda xw, d: (xw[0] @ xw[1], d[0] @ xw[1] + 3 * xw[0] @ d[1]))
+
 # An operation takes a tensor h `[T, D]`, ids `[T]` and a way to get a parameter of a shape, which may
 # be one that was used before; it gives another h.
 
@@ -42,7 +52,15 @@ def norm(h, w):
 
 
 def conv(h, k):
-    return lax.conv_general_dilated(h.T[None], k, (1,), "SAME")[0].T
+    groups = {"feature_group_count": D // k.shape[1]}
+    return lax.conv_general_dilated(h.T[None], k, (1,), "SAME", **groups)[0].T
+
+
+def conv_of_image(h, k):
+    """Every other row of an image of T by 2 pixels with two channels."""
+    kinds = {"dimension_numbers": ("NHWC", "HWIO", "NHWC")}
+    y = lax.conv_general_dilated(h.reshape(1, T, 2, 2), k, (2, 1), "SAME", **kinds)
+    return jnp.pad(y.reshape(3, D), ((0, 2), (0, 0)))
 
 
 def attend(h, q, o):
@@ -70,6 +88,13 @@ def reused_in_two_scans(h, w):
 
 def fori(h, w):
     return lax.fori_loop(0, 3, lambda i, h: jnp.tanh(h @ w[i]), h)
+
+
+def counted(h, w):
+    """A loop that gives an integer has no gradient, though the weight says how often it runs."""
+    more = lambda n: n.astype(h.dtype) < 9 * jnp.abs(w).sum()
+    steps = lax.while_loop(more, lambda n: n + jnp.where(w[0, 0] > 0, 1, 2).astype(n.dtype), jnp.int32(0))
+    return h @ w + jnp.sin(steps.astype(h.dtype))
 
 
 def either(h, w):
@@ -105,6 +130,7 @@ OPERATIONS = {
     "dense_in_jit": lambda h, ids, p: jax.jit(lambda h, w: jnp.tanh(h @ w))(h, p(D, D)),
     "dense_in_remat": lambda h, ids, p: jax.checkpoint(dense)(h, p(D, D), p(D)),
     "dense_in_custom_vjp": lambda h, ids, p: own_matmul(h, p(D, D)),
+    "dense_in_custom_jvp": lambda h, ids, p: own_product(h, p(D, D)),
     "dense_of_one_token": lambda h, ids, p: h + (h[0] @ p(D, D))[None],
     "square_and_shared": lambda h, ids, p: (h @ p(D, D)) @ p(D, D) + p(D, D).sum(),
     "stop_gradient": lambda h, ids, p: h @ p(D, D) + lax.stop_gradient(p(D, D)).sum(),
@@ -123,12 +149,15 @@ OPERATIONS = {
     "embed_tied": lambda h, ids, p: h + jax.nn.softmax(h @ p(6, D).T) @ p(6, D) + p(6, D)[ids],
     "attend": lambda h, ids, p: attend(h, p(D, 2, 2), p(2, 2, D)),
     "conv": lambda h, ids, p: conv(h, p(D, D, 3)),
+    "conv_in_groups": lambda h, ids, p: conv(h, p(D, D // 2, 3)),
+    "conv_of_image": lambda h, ids, p: conv_of_image(h, p(3, 2, 2, 2)),
     "scan": lambda h, ids, p: steps(h, p(3, D, D), p(3, D)),
     "scan_in_remat": lambda h, ids, p: jax.checkpoint(steps)(h, p(3, D, D), p(3, D)),
     "scan_constant": lambda h, ids, p: reused(h, p(D, D)),
     "scan_constant_twice": lambda h, ids, p: reused_in_two_scans(h, p(D, D)),
     "scan_carry": lambda h, ids, p: carried(h, p(D, D)),
     "fori": lambda h, ids, p: fori(h, p(3, D, D)),
+    "while_of_integers": lambda h, ids, p: counted(h, p(D, D)),
     "cond": lambda h, ids, p: either(h, p(D, D)),
     "gelu": lambda h, ids, p: jax.nn.gelu(h),
     "custom_vjp": lambda h, ids, p: doubled(h),
@@ -384,9 +413,6 @@ def test_explain_names_the_way_of_each_leaf(limits):
 
 
 def test_explain_on_linen_and_nnx():
-    import flax.linen as nn
-    from flax import nnx
-
     model = nn.Sequential([nn.Dense(4), nn.relu, nn.Dense(2)])
     params = model.init(jax.random.key(0), jnp.ones(3))["params"]
     said = fisher.explain(lambda p, x: model.apply({"params": p}, x).sum(), params, jnp.ones(3))
@@ -401,6 +427,19 @@ def test_explain_on_linen_and_nnx():
     assert jax.tree.structure(got) == jax.tree.structure(want)
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5)
+
+
+def test_attention_of_linen(x64):
+    """Normalised keys: without, a softmax is blind to the keys' bias, whose Fisher is only rounding."""
+    model = nn.MultiHeadDotProductAttention(2, qkv_features=8, normalize_qk=True, param_dtype=jnp.float64)
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(B, T, D))
+    loss = lambda p, x: jnp.sum(jnp.sin(model.apply({"params": p}, x)))
+    with jax.numpy_dtype_promotion("standard"):  # Linen mixes dtypes of its own
+        shapes = jax.eval_shape(model.init, jax.random.key(0), x[0])["params"]
+        params = jax.tree.map(lambda s: jnp.asarray(rng.normal(size=s.shape)), shapes)
+        assert set(ways(loss, params, x).values()) == {"in place"}
+        compare(loss, params, x)
 
 
 def test_auto_takes_the_reference_way_where_no_rule_helps(limits):

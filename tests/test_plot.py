@@ -48,6 +48,22 @@ def test_layers_are_in_natural_order_and_hold_their_shares():
     assert cells == [[(0, 0), (0, 1), (2, 4)], [(0, 0), (0, 0), (1, 4)], [(3, 6), (0, 0), (0, 0)]]
 
 
+def test_a_fisher_is_counted_by_layer_up_to_its_largest_entry():
+    """Sixty bins over six powers of ten: each a tenth wide."""
+    fisher = {
+        "block_10": {"w": np.array([[1e-4, 1e2], [0, 0]])},
+        "block_2": {"w": 10 ** np.array([-3.95, -0.95, -0.95]), "b": np.array([1e2])},
+        "head": np.zeros(3),
+    }
+    rows, edges, heights = plot._powers_by_layer(fisher)
+    assert list(rows.items()) == [("block_2", 0), ("block_10", 0.5), ("head", 1)]
+    np.testing.assert_allclose(edges, np.linspace(-4, 2, 61), atol=1e-6)
+    want = np.zeros((3, 60), int)
+    want[0, [0, 30, 59]] = 1, 2, 1
+    want[1, [0, 59]] = 1
+    np.testing.assert_array_equal(heights, want)
+
+
 def test_the_command_draws_beside_the_file(tmp_path, capsys):
     checkpoint.save_fisher(tmp_path / "f.safetensors", params(), metadata={})
     assert cli.main(["plot", "fisher", str(tmp_path / "f.safetensors")]) == 0

@@ -98,7 +98,8 @@ def _walk(jaxpr: Jaxpr, pieces, path: Path, lengths, uses) -> list[_Piece | None
             out = _move(equation, operands[0])
         else:
             out = [None] * len(equation.eqn.outvars)
-            if has_gradient(equation):
+            # A loop is entered with its constants alive, even where it gives only integers.
+            if has_gradient(equation) or equation.name == "while":
                 _meet(equation, operands, lengths, uses)
         env |= {v: p for v, p in zip(equation.eqn.outvars, out, strict=True) if p is not None}
     return [None if isinstance(v, Literal) else env.get(v) for v in jaxpr.outvars]

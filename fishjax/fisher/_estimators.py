@@ -119,7 +119,8 @@ def exact(
 
     Args:
       logits_fn, likelihood, token_mask: as for `sampled`.
-      max_rows: the most backward passes an example may need.
+      max_rows: the most backward passes an example may need. Tokens that `token_mask` leaves out count
+        too: which they are is known only when the program runs.
       method, chunk_size, memory: as for `empirical`.
 
     Raises:
@@ -141,7 +142,12 @@ def exact(
 
 
 def estimate(
-    estimator: FisherEstimator, params: Params, batches: Iterable[Batch], *, key: Array | None = None
+    estimator: FisherEstimator,
+    params: Params,
+    batches: Iterable[Batch],
+    *,
+    key: Array | None = None,
+    state: FisherState | None = None,
 ) -> Fisher:
     """Return the diagonal Fisher: the mean over all examples of all batches.
 
@@ -150,6 +156,8 @@ def estimate(
       batches: an iterable of batches, each a pytree of arrays `[B, ...]`; B may differ between them. Where
         their leading axis has a `NamedSharding`, each device does its own examples.
       key: a random key, for estimators that draw labels.
+      state: what `update` has summed of the batches before these, to go on from (with the same key, bit for
+        bit). It is copied, not donated, and may come from a file.
 
     Returns:
       A tree like `params`, >= 0, in max(float32, dtype of the leaf).
@@ -157,11 +165,23 @@ def estimate(
     Raises:
       UsageError: `batches` is one batch, or empty; leading sizes differ; the result is not finite (the
         leaf is named).
+      StructureError: `state` is of other parameters.
+
+    >>> import jax.numpy as jnp
+    >>> estimator = empirical(lambda params, x: params @ x)
+    >>> first, second = jnp.ones((3, 2)), jnp.zeros((1, 2))
+    >>> state = estimator.update(estimator.init(jnp.zeros(2)), jnp.zeros(2), first)
+    >>> estimate(estimator, jnp.zeros(2), [second], state=state).tolist()
+    [0.75, 0.75]
     """
     if isinstance(batches, Mapping) or hasattr(batches, "shape"):
         raise UsageError("`batches` must be an iterable of batches; got one batch: pass `[batch]`")
     update = jax.jit(estimator.update, donate_argnums=0, static_argnames="sharding")
-    state = estimator.init(params)
+    if state is None:
+        state = estimator.init(params)
+    else:
+        tree.check_same(state.total, jax.eval_shape(init, params).total, ("state", "params"))
+        state = jax.tree.map(jnp.copy, state)  # `update` donates its own
     checked = False
     for batch in progress.track(batches, description="Fisher"):
         state = update(state, params, batch, key, sharding=_sharded.sharding_of(batch))
