@@ -54,7 +54,7 @@ def run(
     _, unravel = ravel_pytree(jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), template))
     flat = lambda tree: {"all": ravel_pytree(tree)[0]}  # one leaf, so that all masks have one program
     loss_fn = models.example_loss(problem.model)
-    loss = lambda params, example: loss_fn(unravel(params["all"]), example)
+    loss_of = lambda params, example: loss_fn(unravel(params["all"]), example)
 
     def patch_of(what: str, seed: int) -> tuple[Any, list[Mask] | None]:
         base = flat(problem.base(seed))
@@ -76,10 +76,10 @@ def run(
 
         options: dict[str, Any] = {"steps": interval, "wire": wire}
         if interval == 1:
-            step = jax.jit(train.make_parallel_step(loss, adam(1.0), mesh), donate_argnums=0)
+            step = jax.jit(train.make_parallel_step(loss_of, adam(1.0), mesh), donate_argnums=0)
         else:
             step = jax.jit(
-                train.local_steps(loss, adam(1.0), optax.sgd(1.0), mesh, **options).step, donate_argnums=0
+                train.local_steps(loss_of, adam(1.0), optax.sgd(1.0), mesh, **options).step, donate_argnums=0
             )
 
         def cell(rate: float, seed: int) -> Cell:
@@ -87,14 +87,16 @@ def run(
             if interval == 1:
                 state = train.init(patch, adam(rate))
             else:
-                starts = train.local_steps(loss, adam(rate), optax.sgd(1.0), mesh, **options)
+                starts = train.local_steps(loss_of, adam(rate), optax.sgd(1.0), mesh, **options)
                 state = starts.init(patch, parts)
             base = flat(problem.base(seed))
             rows, size = problem.rows["train"], workers * batch_size
             stream = data.batches(rows, size, seed=seed, epochs=None)
             for _ in range(steps // interval):
                 group = [next(stream) for _ in range(interval)]
-                state, _ = step(state, base, _by_worker(group, workers))
+                state, loss = step(state, base, _by_worker(group, workers))
+                # Steps that run ahead would take the threads that the other worker needs to meet them.
+                jax.block_until_ready(loss)
             tuned = unravel(patches.apply(base, train.patch_of(state))["all"])
             one = patches.init_sparse(base, parts[0]) if parts else patch
             traffic = train.bytes_sent(one, wire=wire)

@@ -1,5 +1,6 @@
 """The merging experiments as tables in Markdown and as plots: mean and standard deviation over seeds."""
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,8 @@ def markdown(results: Mapping[str, Sequence[Mapping[str, Any]]], plots: Path) ->
             tests = {row: [c["rows"][row] for c in cells] for row in cells[0]["rows"]}
             lines += ["| model | test accuracy |", "|---|---|"]
             lines += [f"| {row} | {spread(values)} |" for row, values in tests.items()]
-            means = {row.replace(": ", ":\n"): {"test": float(np.mean(x))} for row, x in tests.items()}
+            label = lambda row: re.sub("(:|,|merged by) ", r"\1\n", row)
+            means = {label(row): {"test": float(np.mean(x))} for row, x in tests.items()}
             plot.accuracies(means, plots / name)
             _sweeps(cells, plots)
         lines.append("")
