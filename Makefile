@@ -6,11 +6,12 @@ BIN    := $(VENV)/bin
 LOCK   := requirements.lock.txt
 EXTRA  := .[dev]
 
-.PHONY: help env quickstart test soak lint doctest lock clean
+.PHONY: help env quickstart test slow soak lint doctest lock clean
 
 help:
 	@echo "make quickstart   two contributors patch one model, a maintainer vets and merges them"
 	@echo "make test         the test suite"
+	@echo "make slow         the tests that take long: experiments at toy size, whole runs on meshes"
 	@echo "make soak         the test suite with the long tests and many more fuzz examples"
 	@echo "make lint         formatting, lint and types"
 	@echo "make doctest      the examples in docstrings"
@@ -32,7 +33,10 @@ quickstart: env
 	@$(BIN)/python -m experiments.quickstart --gin_file configs/quickstart.gin $(if $(OUT),--gin_bindings 'OUT = "$(OUT)"') $(if $(SEED),--gin_bindings 'SEED = $(SEED)')
 
 test: env
-	@$(BIN)/python -m pytest -n 2 -q
+	@$(BIN)/python -m pytest -n 2 -q -m 'not slow' --durations=40
+
+slow: env
+	@$(BIN)/python -m pytest -n 2 -q -m slow --durations=10
 
 soak: env
 	@HYPOTHESIS_PROFILE=soak $(BIN)/python -m pytest -n 2 -q --soak

@@ -3,7 +3,7 @@
 Command:   python -m experiments.fish_density --gin_file configs/fish_digits.gin
            (configs/fish_docstrings.gin: MiniLM; configs/fish_glue.gin: any `glue/*`, needs a network)
 Time:      8 minutes on one core for the digits (187 cells); a run that was stopped goes on.
-Expected:  experiments/RESULTS.md: all masks as good as full fine-tuning from 2 % on, FISH behind random below.
+Expected:  experiments/RESULTS.md: from 2 % on all masks are as good as full fine-tuning, FISH is last below.
 
 Learning rates are chosen on validation data (first seed), accuracies reported on test data.
 """

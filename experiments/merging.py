@@ -2,7 +2,7 @@
 
 Command:   python -m experiments.merging --gin_file configs/merging.gin
 Time:      11 minutes on one core; a run that was stopped goes on (each seed of each is kept).
-Expected:  experiments/RESULTS.md: Fisher as good as the average for ensembles, RegMean best over several tasks.
+Expected:  experiments/RESULTS.md: Fisher is as good as the average for ensembles, RegMean best over tasks.
 
 The figures of Matena and Raffel (arXiv 2111.09832, sections 4.1 to 4.3) on data at hand. Whatever is chosen
 (weights, floors, scales) is chosen on validation data; every accuracy that is reported is on test data.

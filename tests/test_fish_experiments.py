@@ -15,6 +15,8 @@ from fishjax.errors import UsageError
 
 CHOICES = {"FISH": fish_bench.fish, "random": fish_bench.random}
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(autouse=True)
 def standard_promotion():

@@ -13,6 +13,8 @@ pytest.importorskip("matplotlib")
 from experiments import tfew, tfew_tasks
 from fishjax import data, models
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(autouse=True)
 def standard_promotion():
