@@ -164,17 +164,36 @@ def test_what_is_left_out_is_told(tmp_path, patch_file):
     (base / ".git").mkdir()
     (base / "card.md").symlink_to(tmp_path / "blob")  # broken
     (tmp_path / "real").write_text("text")
-    (base / "README.md").symlink_to(tmp_path / "real")
+    (base / "README.md").symlink_to(tmp_path / "real")  # may be anything that this user can read
+    (base / "notes.txt").write_text("text")
+    (base / "again.txt").symlink_to("notes.txt")
     done = checkpoint.apply_file(patch_file, base, tmp_path / "out")
     assert done.left_out == [
         ".git",
+        "README.md",
         "adapter.safetensors",
         "card.md",
         "flax_model.msgpack",
         "pytorch_model.bin",
     ]
-    assert (tmp_path / "out" / "README.md").read_text() == "text"
-    assert not (tmp_path / "out" / "README.md").is_symlink()
+    assert not (tmp_path / "out" / "README.md").exists()
+    assert (tmp_path / "out" / "again.txt").read_text() == "text"
+    assert not (tmp_path / "out" / "again.txt").is_symlink()
+
+
+def test_a_snapshot_of_the_hub_cache_is_a_base(tmp_path, patch_file):
+    base, blobs = tmp_path / "snapshots" / "abc", tmp_path / "blobs"
+    (base / "sub").mkdir(parents=True)
+    checkpoint.save_params(blobs, BASE)
+    (blobs / "model.safetensors").rename(blobs / "1")
+    (blobs / "2").write_text('{"a": 1}')
+    (base / "model.safetensors").symlink_to("../../blobs/1")
+    (base / "config.json").symlink_to("../../blobs/2")
+    (base / "sub" / "tokenizer.json").symlink_to("../../../blobs/2")
+    done = checkpoint.apply_file(patch_file, base, tmp_path / "out")
+    assert done.left_out == [] and (tmp_path / "out" / "config.json").read_text() == '{"a": 1}'
+    assert not any(p.is_symlink() for p in (tmp_path / "out").rglob("*"))
+    assert sorted(p.name for p in (tmp_path / "out").rglob("*.json")) == ["config.json", "tokenizer.json"]
 
 
 FLOATS = st.sampled_from(

@@ -222,6 +222,43 @@ def test_an_index_that_lies(tmp_path, lie, name):
         checkpoint.load_params(folder)
 
 
+@pytest.mark.parametrize(
+    "name", ["model.safetensors", "model.safetensors.index.json", "model-00002-of-00003.safetensors"]
+)
+def test_files_behind_links_out_of_the_folder(tmp_path, name):
+    folder = tmp_path / "a"
+    checkpoint.save_params(folder, TREE, shard_bytes=1 << 30 if name == "model.safetensors" else 20)
+    for target, broken in ((tmp_path / "elsewhere", False), (tmp_path / "nothing", True)):
+        (folder / name).rename(tmp_path / "elsewhere")
+        (folder / name).symlink_to(target)
+        for read in (checkpoint.load_params, checkpoint.open_params, checkpoint.inspect):
+            with pytest.raises(FileFormatError, match=f"{name}` is a symbolic link"):
+                read(folder)
+        if not broken:
+            (folder / name).unlink()
+            (tmp_path / "elsewhere").rename(folder / name)
+    (folder / name).unlink()
+    (tmp_path / "elsewhere").rename(folder / "weights")
+    (folder / name).symlink_to("weights")
+    same(checkpoint.load_params(folder), TREE)
+    (folder / name).unlink()
+    (folder / name).symlink_to(name)  # in a circle
+    with pytest.raises(OSError):
+        checkpoint.load_params(folder)
+
+
+def test_inspect_names_the_family_that_the_configuration_does(tmp_path):
+    checkpoint.save_params(tmp_path, TREE)
+    assert "family" not in checkpoint.inspect(tmp_path)
+    for text, family in (('{"model_type": "mamba"}', "mamba"), ("{}", None), ('{"model_type": [1]}', None)):
+        (tmp_path / "config.json").write_text(text)
+        assert checkpoint.inspect(tmp_path).get("family") == family
+        assert "family" not in checkpoint.inspect(tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(FileFormatError, match=r"config\.json` is not JSON"):
+        checkpoint.inspect(tmp_path)
+
+
 @pytest.mark.parametrize("home", ["../x.safetensors", "/etc/passwd", "model.bin", "", "sub/x.safetensors"])
 def test_an_index_that_leads_elsewhere(tmp_path, home):
     folder, index, told = sharded(tmp_path)

@@ -154,6 +154,19 @@ def test_shards_and_fishers(world, tmp_path, monkeypatch):
     assert "f0.safetensors" not in card.split("---")[1]
 
 
+def test_only_links_out_of_a_folder_are_not_carried(tmp_path):
+    source, out = tmp_path / "snapshots" / "abc", tmp_path / "out"
+    for folder in (source, out, tmp_path / "blobs"):
+        folder.mkdir(parents=True)
+    (tmp_path / "blobs" / "1").write_text('{"n_layer": 3, "torch_dtype": "float32"}')
+    (source / "config.json").symlink_to("../../blobs/1")
+    (tmp_path / "secret").write_text("{}")
+    (source / "vocab.json").symlink_to(tmp_path / "secret")
+    _output.carry(source, out, layers=5, dtype="bfloat16")
+    assert os.listdir(out) == ["config.json"] and not (out / "config.json").is_symlink()
+    assert json.loads((out / "config.json").read_text()) == {"n_layer": 5, "torch_dtype": "bfloat16"}
+
+
 def test_another_dtype(world, tmp_path):
     trees, paths = world()
     merge.files("average", paths["models"], tmp_path / "out.safetensors", dtype=jnp.bfloat16)

@@ -12,6 +12,7 @@ from fishjax.checkpoint import _kinds
 from fishjax.checkpoint._atomic import atomic_folder, refuse_existing, sync
 from fishjax.checkpoint._digest import leaf_digest, root
 from fishjax.checkpoint._dtypes import Spec
+from fishjax.checkpoint._links import inside
 from fishjax.checkpoint._params import INDEX, REFUSED, SINGLE, ParamFiles, open_params
 from fishjax.checkpoint._patch import PatchFile, read_patch
 from fishjax.checkpoint._safetensors import write_file
@@ -39,7 +40,8 @@ def apply_file(
     """Write the patched model; memory stays within a few times the largest tensor. Needs no jax.
 
     The base's digests are checked before anything is written and each result's digest before it
-    is. Other files of a base folder (configuration, tokenizer) are carried along.
+    is. Other files of a base folder (configuration, tokenizer) are carried along, where no link leads
+    out of it.
 
     Args:
       patch: a patch file.
@@ -151,7 +153,8 @@ def _carry(base: Path, folder: Path, weights: set[str]) -> list[str]:
             if here == Path() and name in weights:
                 continue
             other_weights = path.suffix in (".safetensors", *REFUSED) or name.endswith(".index.json")
-            if (other_weights and (here / name) != Path(INDEX)) or not path.is_file():
+            other_weights &= (here / name) != Path(INDEX)
+            if other_weights or not path.is_file() or not inside(path, base):
                 left_out.append(str(here / name))
                 continue
             shutil.copyfile(path, folder / here / name)

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from fishjax.checkpoint._config import family
 from fishjax.checkpoint._digest import leaf_digest, root
 from fishjax.checkpoint._dtypes import NAMES, Spec, num_bytes
 from fishjax.checkpoint._fisher import load_fisher
@@ -45,7 +46,9 @@ def inspect(path: str | os.PathLike, *, content_id: bool = True) -> dict[str, An
     if Path(path).is_file() and (kind := _sealed_kind(path)):
         return _inspect_sealed(path, kind)
     with open_params(path) as tensors:
-        report: dict[str, Any] = {"kind": "model", **_table(tensors.specs)}
+        named = family(Path(path)) if Path(path).is_dir() else None
+        report: dict[str, Any] = {"kind": "model", **({"family": named} if named else {})}
+        report |= _table(tensors.specs)
         if content_id:
             names = track(sorted(tensors), description="hashing")
             report["id"] = root({name: leaf_digest(name, tensors[name]) for name in names})

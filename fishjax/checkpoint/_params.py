@@ -14,6 +14,7 @@ from fishjax.checkpoint._atomic import atomic_file, write_all
 from fishjax.checkpoint._digest import flat_leaves, leaf_specs
 from fishjax.checkpoint._dtypes import Spec, host, num_bytes
 from fishjax.checkpoint._header import unique
+from fishjax.checkpoint._links import check_inside
 from fishjax.checkpoint._orbax import is_orbax, load_orbax, orbax_specs, save_orbax
 from fishjax.checkpoint._safetensors import TensorFile, open_file, write_file
 from fishjax.errors import FileFormatError, UsageError
@@ -74,7 +75,7 @@ def open_params(path: str | os.PathLike) -> ParamFiles:
 
     Raises:
       FileFormatError: a file is malformed or of a format that can run code; an index and its
-        shards disagree.
+        shards disagree; a file of a folder is a link that leads out of it.
       FileNotFoundError: there is nothing at `path`, or a shard is missing.
       UsageError: it is an Orbax folder, which only `load_params` reads.
 
@@ -89,6 +90,8 @@ def open_params(path: str | os.PathLike) -> ParamFiles:
     if not path.is_dir():
         _refuse_suffix(path)
         return ParamFiles({path.name: open_file(path)})
+    for name in (SINGLE, INDEX):
+        check_inside(path / name, path)
     single, index = (path / SINGLE).exists(), (path / INDEX).exists()
     if single and index:
         raise FileFormatError(f"`{path}` holds both `{SINGLE}` and `{INDEX}`; remove the one that is stale")
@@ -116,7 +119,7 @@ def load_params(path: str | os.PathLike, *, only: str | Sequence[str] | None = N
       only: regexes of leaf names (`re.search`); just these leaves are read.
 
     Raises:
-      FileFormatError: a file is malformed or of a format that can run code.
+      FileFormatError: a file is malformed, of a format that can run code, or a link out of its folder.
       FileNotFoundError: there is nothing at `path`.
       UsageError: a regex of `only` matches no leaf; near names are told.
       StructureError: a name is both a leaf and a branch.
@@ -220,6 +223,7 @@ def _open_shards(folder: Path) -> ParamFiles:
     files: dict[str, TensorFile] = {}
     try:
         for file in sorted(set(homes.values())):
+            check_inside(folder / file, folder)
             try:
                 files[file] = open_file(folder / file)
             except FileNotFoundError:
@@ -255,6 +259,7 @@ def _read_index(path: Path) -> dict[str, str]:
         raise FileFormatError(
             f"`{path}` is no index of shards: wanted an object `weight_map` from names to files ({error!r})"
         ) from None
+    # `total_size` is not compared: it counts torch's storages, views and all, and nothing depends on it.
     for name, file in homes.items():
         if Path(file).name != file or not file.endswith(".safetensors"):
             raise FileFormatError(

@@ -25,7 +25,7 @@ def run(args: argparse.Namespace) -> None:
 
     done = checkpoint.apply_file(args.patch, args.base, args.out, touched_only=args.touched_only)
     for path in done.left_out:
-        print(f"left out `{path}`: other weights, a link or a hidden folder", file=sys.stderr)
+        print(f"left out `{path}`: other weights, a link out of it or a hidden folder", file=sys.stderr)
     if args.json:
         print(json.dumps({"out": args.out, **done._asdict()}))
     else:

@@ -2,6 +2,7 @@
 
 import argparse
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -59,17 +60,25 @@ def _adapter(args: argparse.Namespace) -> None:
 
 def _weights(args: argparse.Namespace) -> None:
     from fishjax import checkpoint, tree
+    from fishjax.checkpoint._config import CONFIG, read_json, rewrite
+    from fishjax.checkpoint._links import inside
 
-    params = checkpoint.load_params(args.source)
+    source, out = Path(args.source), Path(args.out)
+    params = checkpoint.load_params(source)
     if args.dtype is not None:
         dtype = _floating(args.dtype)
+        if (source / CONFIG).is_file():
+            read_json(source / CONFIG)  # malformed, it is told before anything is written
         params = tree.map_named(lambda n, x: x.astype(dtype) if _is_float(x) else x, params)
-    checkpoint.save_params(args.out, params, layout=args.to)
-    source = Path(args.source)
+    checkpoint.save_params(out, params, layout=args.to)
     if source.is_dir():
         for path in sorted({p for pattern in _CARRIED for p in source.glob(pattern)}):
-            if path.is_file() and not path.is_symlink():
-                shutil.copyfile(path, Path(args.out) / path.name)
+            if path.is_file() and inside(path, source):
+                shutil.copyfile(path, out / path.name)
+            else:
+                print(f"left out `{path.name}`: a folder, or a link out of this one", file=sys.stderr)
+    if (out / CONFIG).exists():
+        rewrite(out / CONFIG, dtype=args.dtype)
     print(f"{args.out}: {len(tree.names(params))} tensors, {checkpoint.digest(params)}")
 
 

@@ -16,13 +16,14 @@ from typing import Any
 import numpy as np
 
 from fishjax.checkpoint._atomic import atomic_file, refuse_existing, sync, write_all
+from fishjax.checkpoint._config import CONFIG, rewrite
 from fishjax.checkpoint._dtypes import Spec, dtype_name, num_bytes
+from fishjax.checkpoint._links import inside
 from fishjax.checkpoint._params import INDEX, SHARD_BYTES, SINGLE
 from fishjax.checkpoint._safetensors import bad_name
 from fishjax.errors import StructureError, UsageError
 from fishjax.merge._blocks import Tensor
 
-CONFIG = "config.json"
 JOURNAL = "journal.json"
 SECONDS = 2.0  # between two entries of the journal; each waits for the disk
 
@@ -166,17 +167,12 @@ def carry(source: Path, folder: Path, *, layers: int | None = None, dtype: str |
       dtype: what it is to name as dtype.
     """
     for path in sorted(source.iterdir()) if source.is_dir() else []:
-        plain = path.is_file() and not path.is_symlink() and not path.name.startswith(".")
+        plain = path.is_file() and inside(path, source) and not path.name.startswith(".")
         text = path.suffix in (".json", ".txt", ".model", ".jinja")
         if plain and text and not path.name.endswith(".index.json"):
             shutil.copyfile(path, folder / path.name)
-    if (folder / CONFIG).exists() and (layers is not None or dtype is not None):
-        config = json.loads((folder / CONFIG).read_bytes())
-        if layers is not None:
-            config |= {k: layers for k in ("num_hidden_layers", "num_layers", "n_layer") if k in config}
-        if dtype is not None:
-            config |= {k: dtype for k in ("torch_dtype", "dtype") if k in config}
-        (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+    if (folder / CONFIG).exists():
+        rewrite(folder / CONFIG, layers=layers, dtype=dtype)
 
 
 def refuse_inputs(out: str | os.PathLike, inputs: Iterable[str | os.PathLike]) -> None:

@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from fishjax.errors import FileFormatError, FishjaxError, StructureError, UsageError
+from fishjax.errors import FishjaxError, StructureError, UsageError
 from fishjax.models._model import WRONG_TYPES, Model, build
 from fishjax.types import Params
 
@@ -62,7 +62,10 @@ def load(
         else:
             found: Any = stack.enter_context(checkpoint.open_params(folder))
             specs = found.specs
-        model = build(config, specs.keys())
+        try:
+            model = build(config, specs.keys())
+        except FishjaxError as error:
+            raise type(error)(f"`{folder / 'config.json'}`: {error}") from None
         kept = [n for n in specs if not (model.ignored and re.search(model.ignored, n))]
         check_params(model, {n: specs[n] for n in kept}, folder)
         if callable(shardings):
@@ -121,6 +124,8 @@ def save(folder: str | Path, model: Model, params: Params) -> None:
 
 def read_config(path: Path) -> dict[str, Any]:
     """Return the content of a config.json."""
+    from fishjax.checkpoint._config import read_json
+
     folder = path.parent
     if not folder.is_dir():
         raise UsageError(
@@ -129,13 +134,7 @@ def read_config(path: Path) -> dict[str, Any]:
         )
     if not path.is_file():
         raise UsageError(f"`{folder}` has no config.json, so its architecture is not known")
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise FileFormatError(f"`{path}` is not JSON: {error}") from None
-    if not isinstance(config, dict):
-        raise FileFormatError(f"`{path}` must hold a JSON object; got {type(config).__name__}")
-    return config
+    return read_json(path)
 
 
 def check_params(model: Model, flat: dict[str, Any], where: Any) -> None:
@@ -152,8 +151,8 @@ def check_params(model: Model, flat: dict[str, Any], where: Any) -> None:
         )
     try:
         wanted = tree.flatten(jax.eval_shape(model.init, jax.random.key(0)))
-    except FishjaxError:
-        raise
+    except FishjaxError as error:
+        raise type(error)(f"`{where}`: {error}") from None
     except WRONG_TYPES as error:  # sizes that do not go together
         first = f"{type(error).__name__} {error}".splitlines()[0][:200]
         raise StructureError(

@@ -17,14 +17,17 @@ def load_tokenizer(folder: str | Path, model: Model) -> Any:
 
     Raises:
       UsageError: the folder has no tokenizer, or the package `tokenizers` is not installed.
-      FileFormatError: the tokenizer's file is malformed.
+      FileFormatError: the tokenizer's file is malformed, or a link that leads out of the folder.
       StructureError: the tokenizer has ids that the model's embedding does not.
     """
+    from fishjax.checkpoint._links import check_inside
+
     path, spiece = Path(folder) / "tokenizer.json", Path(folder) / "spiece.model"
     if not path.is_file() and not (spiece.is_file() and model.family == "t5"):
         raise UsageError(
             f"`{folder}` has no tokenizer.json; save the model's fast tokenizer with transformers into it"
         )
+    check_inside(path if path.is_file() else spiece, Path(folder))
     try:
         import tokenizers
     except ImportError:
