@@ -1,6 +1,7 @@
 """`fishjax fisher` on the digits and on tokens, against the library."""
 
 import json
+import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,8 @@ import pytest
 from fishjax import checkpoint, data, fisher, models
 from fishjax.cli import main
 from fishjax.errors import FileFormatError
+
+FIXTURES = pathlib.Path(__file__).parent / "fixtures" / "models"
 
 
 @pytest.fixture
@@ -87,6 +90,10 @@ def test_tokens_of_a_language_model_in_bfloat16(gpt2, capsys):
         ('{"input_ids": [1], "labels": "no"}', "`labels` is 'no'"),
         ('{"input_ids": [1], "labels": [1]}\n{"input_ids": [1], "labels": 1}', "another type"),
         ("", "no example"),
+        ('\n{"input_ids": [1, 2], "labels": [1, 31]}', "line 2: `labels` must lie in [0, 31)"),
+        ('{"input_ids": [1, 2], "labels": [1, -1]}', "got -1"),
+        ('{"input_ids": [1, 2], "labels": [1]}', "one label for each of 2 tokens"),
+        ('{"input_ids": [1, 2], "labels": 1}', "must be a list"),
     ],
 )
 def test_malformed_lines_are_named(gpt2, capsys, line, said):
@@ -95,6 +102,32 @@ def test_malformed_lines_are_named(gpt2, capsys, line, said):
     captured = capsys.readouterr()
     assert said in captured.err and "rows.jsonl" in captured.err and captured.out == ""
     assert not (gpt2 / "f").exists()
+
+
+@pytest.mark.parametrize(
+    "case, row, code, said",
+    [
+        ("bert_classifier", {"input_ids": [5], "labels": 3}, 3, "line 1: `labels` must be a class in [0, 3)"),
+        ("bert_classifier", {"input_ids": [5], "labels": -100}, 3, "got -100"),
+        ("bert_classifier", {"input_ids": [5]}, 2, "give `label`, `target` or `labels`"),
+        ("t5_v1_0", {"input_ids": [5]}, 2, "give `label`, `target` or `labels`"),
+        ("t5_v1_0", {"input_ids": [5], "labels": [67]}, 3, "line 1: `labels` must lie in [0, 67)"),
+        ("bert_masked", {"input_ids": [5]}, 2, "give `label`, `target` or `labels`"),
+        ("llama", {"text": "a", "target": "b"}, 2, "for sequence to sequence"),
+    ],
+)
+def test_labels_that_a_model_cannot_learn_from(tmp_path, capsys, case, row, code, said):
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row))
+    argv = ["--data", str(tmp_path / "rows.jsonl"), "--out", str(tmp_path / "f")]
+    assert main(["fisher", "--model", str(FIXTURES / case), *argv]) == code
+    captured = capsys.readouterr()
+    assert said in captured.err and captured.out == "" and not (tmp_path / "f").exists()
+
+
+def test_tokens_are_not_for_images(digits, capsys):
+    (digits / "rows.jsonl").write_text('{"input_ids": [1]}')
+    assert run(digits, "--data", str(digits / "rows.jsonl")) == 2
+    assert "takes no tokens" in capsys.readouterr().err
 
 
 def test_bad_arguments_write_nothing(gpt2, capsys):

@@ -56,6 +56,54 @@ def test_labels_of_a_causal_model_that_say_what_counts():
     assert mask.tolist() == [False] * 4 + [True] * 4 + [False]
 
 
+@pytest.mark.parametrize("family", ["bert", "roberta"])
+def test_a_head_that_labels_tokens(family, tmp_path):
+    """Against transformers' hidden states through a linear layer; an old file has a pooler too."""
+    shutil.copytree(FIXTURES / family, tmp_path / "m")
+    rng = np.random.default_rng(0)
+    weight, bias = (rng.normal(size=s).astype(np.float32) for s in ((3, 24), 3))
+
+    def change(tensors):
+        named = {f"{family}.{n}": tensors.pop(n) for n in list(tensors)}
+        tensors |= {n: x for n, x in named.items() if family == "bert" or "pooler" not in n}
+        tensors |= {"classifier.weight": weight, "classifier.bias": bias}
+
+    edit_tensors(tmp_path / "m", change)
+    path = tmp_path / "m" / "config.json"
+    config = json.loads(path.read_text()) | {"id2label": {"0": "O", "1": "B", "2": "I"}}
+    config["architectures"] = ["BertForTokenClassification"] if family == "bert" else None
+    path.write_text(json.dumps(config))
+    model, params = models.load(tmp_path / "m")
+    expected = load_file(FIXTURES / family / "expected.safetensors")
+    batch = {n: expected[n] for n in ("input_ids", "attention_mask", "token_type_ids") if n in expected}
+    wanted = expected["logits"] @ weight.T + bias
+    batch["labels"] = np.where(batch["attention_mask"] > 0, batch["input_ids"] % 4, 3).astype(np.int32)
+    batch["labels"][batch["labels"] == 3] = -100
+    loss = models.example_loss(model)
+    logits, losses = jax.jit(lambda p, b: (model.apply(p, b), jax.vmap(loss, (None, 0))(p, b)))(params, batch)
+    keep = batch["attention_mask"] > 0
+    np.testing.assert_allclose(np.asarray(logits)[keep], wanted[keep], atol=1e-4)
+    np.testing.assert_allclose(losses, -log_p(wanted, batch["labels"]), rtol=1e-5)
+    if family == "roberta":
+        fresh = models.build(config | {"architectures": ["RobertaForTokenClassification"]})
+        tree.check_same(jax.eval_shape(fresh.init, jax.random.key(0)), params, ("fresh", "file"))
+
+
+def test_a_sequence_is_not_classified_without_its_pooler(tmp_path):
+    shutil.copytree(FIXTURES / "bert_classifier", tmp_path / "m")
+    edit_tensors(tmp_path / "m", lambda t: [t.pop(n) for n in list(t) if "pooler" in n])
+    with pytest.raises(StructureError, match=r"missing: `bert\.pooler\.dense"):
+        models.load(tmp_path / "m")
+
+
+@pytest.mark.parametrize("change", [{"num_labels": 1}, {"problem_type": "multi_label_classification"}])
+def test_heads_that_do_not_choose_a_class_have_no_loss(change):
+    config = json.loads((FIXTURES / "bert_classifier" / "config.json").read_text())
+    model = models.build({n: x for n, x in config.items() if "label" not in n} | change)
+    with pytest.raises(UsageError, match="does not choose"):
+        models.example_loss(model)
+
+
 def test_a_bare_encoder_has_no_loss():
     model, _, _ = load("roberta")
     with pytest.raises(UsageError, match="no head"):
@@ -193,8 +241,9 @@ def test_tensors_that_do_not_fit_are_named(folder, change, message):
 )
 def test_configs_that_say_nothing_are_refused(folder, text, error, message):
     (folder / "config.json").write_text(text)
-    with pytest.raises(error, match=message):
+    with pytest.raises(error, match=message) as told:
         models.load(folder)
+    assert str(folder / "config.json") in str(told.value)
 
 
 @pytest.mark.parametrize(
@@ -388,6 +437,8 @@ def test_convert_goes_there_and_back(tmp_path, capsys):
     )
     assert cli.main(["convert", base, out("half"), "--to", "hf", "--dtype", "bfloat16"]) == 0
     assert {x.dtype.name for x in tree.flatten(checkpoint.load_params(out("half"))).values()} == {"bfloat16"}
+    said = [json.loads(pathlib.Path(p, "config.json").read_text()) for p in (base, out("half"))]
+    assert said[1] == said[0] | {"dtype": "bfloat16"} != said[0]
     assert cli.main(["convert", str(adapter), out("p"), "--to", "patch", "--model", base]) == 0
     assert cli.main(["convert", out("p"), out("a"), "--to", "peft", "--model", base]) == 0
     theirs, ours = (load_file(f"{p}/adapter_model.safetensors") for p in (adapter, out("a")))
@@ -528,7 +579,7 @@ def test_links_that_lead_out_of_a_folder_are_refused(folder, name, tmp_path):
         models.load(folder)
 
 
-def test_links_of_the_hub_cache_are_taken(folder, tmp_path):
+def test_links_of_the_hub_cache_are_taken(folder, tmp_path, capsys):
     (tmp_path / "blobs").mkdir()
     (tmp_path / "snapshots").mkdir()
     folder = folder.rename(tmp_path / "snapshots" / "abc")
@@ -536,3 +587,9 @@ def test_links_of_the_hub_cache_are_taken(folder, tmp_path):
         (folder / name).rename(tmp_path / "blobs" / str(i))
         (folder / name).symlink_to(pathlib.Path("../../blobs") / str(i))
     assert models.load(folder)[0].family == "t5"
+    (tmp_path / "card").write_text("private")
+    (folder / "README.md").symlink_to(tmp_path / "card")
+    assert cli.main(["convert", str(folder), str(tmp_path / "out"), "--to", "hf"]) == 0
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["config.json", "model.safetensors"]
+    assert "left out `README.md`" in capsys.readouterr().err
+    models.load(tmp_path / "out")

@@ -9,8 +9,9 @@ import numpy as np
 from fishjax.data._choices import encode_choices, few_shot
 from fishjax.data._lines import json_lines
 from fishjax.data._templates import Question, Template, render_all
-from fishjax.errors import FileFormatError
+from fishjax.errors import FileFormatError, UsageError
 from fishjax.models import Model, load_tokenizer, pad
+from fishjax.models._model import outputs
 from fishjax.types import Batch
 
 
@@ -30,7 +31,8 @@ def load_jsonl(
         {"text": "a fine film", "label": 1}              a class; "text_pair" may join "text"
         {"text": "translate: ja", "target": "yes"}       sequence to sequence
         {"text": "once upon a time"}                     a causal language model predicts the text itself
-        {"input_ids": [3, 1, 4], "labels": [1, 5, 9]}    tokens as they are; "labels" may be an int or absent
+        {"input_ids": [3, 1, 4], "labels": [1, 5, 9]}    tokens as they are; "labels" may be an int or absent;
+                                                         -100 for a token that does not count
         {"text": "red or blue?", "choices": ["red", "blue"], "answer": 0}    as of `encode_choices`
 
     Args:
@@ -39,17 +41,31 @@ def load_jsonl(
       shots, seed: only so many lines, as of `few_shot`; None takes all.
 
     Raises:
-      FileFormatError: a line is malformed, or of another form than the first.
-      UsageError: there is text and no tokenizer; there are fewer lines than `shots`.
+      FileFormatError: a line is malformed, or of another form than the first; its labels are not those of
+        a model of this kind, or out of range.
+      UsageError: there is text and no tokenizer, a target and no decoder; the model takes no tokens; there
+        are fewer lines than `shots`.
     """
-    rows = _rows(Path(path), _problem if templates is None else _no_row)
-    rows = rows if shots is None else few_shot(rows, shots, seed=seed)
+    numbers, rows = _rows(Path(path), _problem if templates is None else _no_row)
+    if shots is not None:
+        kept = few_shot(range(len(rows)), shots, seed=seed)
+        numbers, rows = [numbers[i] for i in kept], [rows[i] for i in kept]
     fields = set(rows[0])
     if templates is not None:
         return encode_choices(render_all(templates, rows), load_tokenizer(folder, model), model)
     if "choices" in fields:
         questions = [Question(row["text"], tuple(row["choices"]), row["answer"]) for row in rows]
         return encode_choices(questions, load_tokenizer(folder, model), model)
+    if "vocab_size" not in model.config:
+        raise UsageError(f"`{path}` is for models of text; this `{model.family}` takes no tokens")
+    for number, row in zip(numbers, rows):
+        if problem := _odd_label(row, model):
+            raise FileFormatError(f"`{path}`, line {number}: {problem}")
+    if "target" in fields and model.task not in ("decoder", None):
+        raise UsageError(
+            f"`{path}` has a `target`, which is for sequence to sequence; this `{model.family}` is not: give "
+            "`label`, or `input_ids` with `labels`"
+        )
     if "input_ids" in fields:
         batch = pad([row["input_ids"] for row in rows], model)
         labels = [row["labels"] for row in rows] if "labels" in fields else None
@@ -70,15 +86,18 @@ def load_jsonl(
     }
 
 
-def _rows(path: Path, problem_of: Callable[[Any, Any], str | None]) -> list[dict[str, Any]]:
+def _rows(path: Path, problem_of: Callable[[Any, Any], str | None]) -> tuple[list[int], list[dict[str, Any]]]:
+    """Return the numbers and the contents of a file's lines."""
+    numbers: list[int] = []
     rows: list[dict[str, Any]] = []
     for number, row in json_lines(path):
         if problem := problem_of(row, rows[0] if rows else row):
             raise FileFormatError(f"`{path}`, line {number}: {problem}")
+        numbers.append(number)
         rows.append(row)
     if not rows:
         raise FileFormatError(f"`{path}` has no example")
-    return rows
+    return numbers, rows
 
 
 FORMS = (
@@ -115,6 +134,25 @@ def _problem(row: Any, first: Any) -> str | None:
             return f"`{name}` is {value!r:.40}"
     if {k: type(v) for k, v in row.items()} != {k: type(v) for k, v in first.items()}:
         return f"holds {sorted(names)} where the first line holds {sorted(first)}, or of another type"
+    return None
+
+
+def _odd_label(row: dict[str, Any], model: Model) -> str | None:
+    """Say what is wrong with the labels of a line for a model, or None; out of range they would not count."""
+    name = next((n for n in ("label", "labels") if n in row), None)
+    if name is None or model.task is None:
+        return None
+    label, size = row[name], outputs(model)
+    if model.task == "class":
+        if type(label) is not int or not 0 <= label < size:
+            return f"`{name}` must be a class in [0, {size}); got {label!r:.40}"
+        return None
+    if type(label) is int:
+        return f"`{name}` must be a list, one label a token, for this `{model.family}`; got {label}"
+    if model.task != "decoder" and len(label) != len(row["input_ids"]):
+        return f"`{name}` must have one label for each of {len(row['input_ids'])} tokens; got {len(label)}"
+    if odd := [x for x in label if not (0 <= x < size or x == -100)]:
+        return f"`{name}` must lie in [0, {size}), or be -100 for what does not count; got {odd[0]}"
     return None
 
 

@@ -10,10 +10,12 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from fishjax import tree
-from fishjax.errors import FileFormatError
+from fishjax.errors import FileFormatError, UsageError
 from fishjax.models import _generate
 from fishjax.models._model import Model, in_order
 from fishjax.types import Array, Batch, Example, Params
+
+NO_LABELS = "this model learns from labels and the examples have none; give `label`, `target` or `labels`"
 
 
 def assemble(
@@ -32,8 +34,8 @@ def assemble(
       embed: `(batch, keys=None) -> carry`, a dict with the hidden states in `x`.
       blocks: by dotted name; `(carry, cache=None) -> (carry, cache)`.
       head: `(carry) -> logits`.
-      labels: `"next"` (causal language model), `"decoder"` (sequence to sequence), `"masked"`, `"class"`
-        or None.
+      labels: `"next"` (causal language model), `"decoder"` (sequence to sequence), `"masked"`, `"tags"`
+        (classes of tokens), `"class"` or None.
       decoder_start: the first token of a decoder that has an encoder.
     """
 
@@ -73,6 +75,7 @@ def assemble(
         init=init,
         apply=in_order(run_embed, run_block, run_head, blocks),
         generate=generate,
+        task=labels,
         labels=LABELS[labels] if labels else None,
         token_mask=TOKEN_MASKS.get(labels) if labels else None,
         blocks=tuple(blocks),
@@ -107,7 +110,7 @@ def required(config: Mapping[str, Any], *names: str) -> list[Any]:
     odd = [n for n in names if type(config.get(n)) is not int or not 0 < config[n] <= most(n)]
     if odd:
         text = ", ".join(f"`{n}` (got {config.get(n, 'nothing')!r})" for n in odd)
-        raise FileFormatError(f"config.json of a `{config['model_type']}` needs positive sizes: {text}")
+        raise FileFormatError(f"the config of a `{config['model_type']}` needs positive sizes: {text}")
     return [config[n] for n in names]
 
 
@@ -115,11 +118,6 @@ def first_of(config: Mapping[str, Any], *names: str) -> Any:
     """Return the first entry that a config.json has, of several names for one thing."""
     present = [n for n in names if config.get(n) is not None]
     return required(config, present[0] if present else names[0])[0]
-
-
-def num_labels(config: Mapping[str, Any]) -> int:
-    """Return how many classes a config.json names; two where it does not say."""
-    return len(config["id2label"]) if config.get("id2label") else config.get("num_labels", 2)
 
 
 def _by_module(params: Params) -> dict[str, Any]:
@@ -144,6 +142,8 @@ def _next_mask(example: Example) -> Array:
 
 
 def _labels(example: Example) -> Array:
+    if "labels" not in example:
+        raise UsageError(NO_LABELS)
     return jnp.asarray(example["labels"])
 
 
@@ -151,10 +151,12 @@ LABELS: dict[str, Callable[[Example], Array]] = {
     "next": _next_labels,
     "decoder": _labels,
     "masked": _labels,
+    "tags": _labels,
     "class": _labels,
 }
 TOKEN_MASKS: dict[str, Callable[[Example], Array]] = {
     "next": _next_mask,
     "decoder": lambda example: _labels(example) >= 0,
     "masked": lambda example: _labels(example) >= 0,
+    "tags": lambda example: _labels(example) >= 0,
 }

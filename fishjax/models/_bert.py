@@ -1,4 +1,4 @@
-"""BERT (arXiv 1810.04805) and RoBERTa (arXiv 1907.11692): bare, classifying sequences, or filling masks."""
+"""BERT (arXiv 1810.04805) and RoBERTa (arXiv 1907.11692): bare, classifying, or filling masks."""
 
 from collections.abc import Collection
 from typing import Any, NamedTuple
@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from fishjax.errors import UsageError
-from fishjax.models._assemble import assemble, num_labels, required
+from fishjax.models._assemble import assemble, required
 from fishjax.models._layers import (
     Bias,
     Embedding,
@@ -19,7 +19,7 @@ from fishjax.models._layers import (
     split_heads,
     visible,
 )
-from fishjax.models._model import Model
+from fishjax.models._model import Model, num_labels
 from fishjax.types import Array, Batch
 
 
@@ -36,6 +36,7 @@ class Config(NamedTuple):
     act: str
     prefix: str  # of every name but the classifier's
     classes: int | None  # of a classifier
+    tokens: bool  # which classifies each token, not the sequence
     masked: bool  # a head that predicts tokens; without it and a classifier, hidden states come out
     pooler: bool
     next_sentence: bool  # a head left from pre-training, kept and not used
@@ -59,14 +60,20 @@ def build(config: dict[str, Any], names: Collection[str] | None = None) -> Model
     family = config["model_type"]
     architecture = next(iter(config.get("architectures") or []), "")
     if names is None:
-        classify, masked = "SequenceClassification" in architecture, "MaskedLM" in architecture
+        tokens, masked = "TokenClassification" in architecture, "MaskedLM" in architecture
+        classify = tokens or "SequenceClassification" in architecture
         prefix = f"{family}." if classify or masked else ""
-        pooler = not masked and not (classify and family == "roberta")
+        pooler = not masked and not tokens and not (classify and family == "roberta")
     else:
         classify = any(n.startswith("classifier.") for n in names)
         masked = "lm_head.dense.weight" in names or "cls.predictions.transform.dense.weight" in names
         prefix = f"{family}." if any(n.startswith(f"{family}.") for n in names) else ""
         pooler = f"{prefix}pooler.dense.weight" in names
+        # One layer on hidden states labels tokens; old files of such models have a pooler, unused.
+        tokens = "classifier.weight" in names and (
+            "TokenClassification" in architecture or not (pooler or "SequenceClassification" in architecture)
+        )
+        pooler |= classify and not tokens and family == "bert"  # what classifies a sequence there
     c = Config(
         vocab=vocab,
         width=width,
@@ -78,6 +85,7 @@ def build(config: dict[str, Any], names: Collection[str] | None = None) -> Model
         act=config.get("hidden_act", "gelu"),
         prefix=prefix,
         classes=num_labels(config) if classify else None,
+        tokens=tokens,
         masked=masked,
         pooler=pooler,
         next_sentence=names is not None and "cls.seq_relationship.weight" in names,
@@ -89,7 +97,7 @@ def build(config: dict[str, Any], names: Collection[str] | None = None) -> Model
         Embed(c),
         {f"{prefix}encoder.layer.{i}": Block(c) for i in range(layers)},
         Head(c),
-        labels="class" if classify else "masked" if masked else None,
+        labels="tags" if tokens else "class" if classify else "masked" if masked else None,
         # Stored buffers, and copies of the word embedding and its bias.
         ignored=r"(^|\.)embeddings\.(position_ids|token_type_ids)$|^(cls\.predictions|lm_head)\.decoder\.",
     )
@@ -141,7 +149,7 @@ class Block(nn.Module):
 
 
 class Head(nn.Module):
-    """Class logits `[B, C]` of the first token, token logits `[B, T, V]`, or hidden states `[B, T, D]`."""
+    """Logits `[B, C]` of the first token, `[B, T, C]` or `[B, T, V]` of all; or hidden states."""
 
     config: Config
 
@@ -165,7 +173,7 @@ class Head(nn.Module):
             return Bias(name=head[0])(logits)
         if c.classes is None:
             return x
-        if c.pad is None:
-            return Linear(c.classes, bias=True, name="classifier")(pooled)
+        if c.tokens or c.pad is None:
+            return Linear(c.classes, bias=True, name="classifier")(x if c.tokens else pooled)
         h = jnp.tanh(Linear(c.width, bias=True, name="classifier.dense")(first))
         return Linear(c.classes, bias=True, name="classifier.out_proj")(h)

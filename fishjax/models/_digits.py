@@ -122,6 +122,7 @@ def build(config: dict[str, Any], names: Collection[str] | None = None) -> Model
         config=c,
         init=init,
         apply=in_order(embed, block, head, blocks),
+        task="class",
         labels=lambda example: example["label"],
         blocks=blocks,
         runs=(blocks,),

@@ -1,7 +1,7 @@
 """The loss and the logits of one example, which is what a Fisher is of."""
 
 from fishjax.errors import UsageError
-from fishjax.models._model import Model
+from fishjax.models._model import Model, outputs
 from fishjax.types import Array, Example, LogitsFn, LossFn, Params
 
 
@@ -11,7 +11,7 @@ def example_loss(model: Model) -> LossFn:
     A label of -100 does not count. Without `labels`, a causal language model predicts `input_ids`.
 
     Raises:
-      UsageError: a model without a head that predicts labels.
+      UsageError: as `example_logits`; or the example has no labels.
 
     >>> import jax, jax.numpy as jnp
     >>> from fishjax.models import build
@@ -45,7 +45,7 @@ def example_logits(model: Model) -> LogitsFn:
     """Return the logits of ONE example: `[C]`, or `[T, V]` of which `model.token_mask` counts some.
 
     Raises:
-      UsageError: a model without a head that predicts labels.
+      UsageError: a model without a head that predicts labels, or with one whose loss is not that of classes.
 
     >>> import jax, jax.numpy as jnp
     >>> from fishjax.models import build
@@ -61,6 +61,15 @@ def example_logits(model: Model) -> LogitsFn:
         raise UsageError(
             f"this `{model.family}` model has no head that predicts labels, so it has no loss and no logits; "
             "load a checkpoint with a language-model or classification head"
+        )
+
+    # One logit makes every label certain: the loss and the Fisher would be 0 and say nothing.
+    kind = model.config.get("problem_type")
+    classes = model.task in ("class", "tags")
+    if classes and (outputs(model) == 1 or kind in ("regression", "multi_label_classification")):
+        raise UsageError(
+            f"this `{model.family}` has {outputs(model)} outputs and `problem_type` {kind!r}, so it does not "
+            "choose one of several classes; write a loss of your own on `model.apply`"
         )
 
     def logits(params: Params, example: Example) -> Array:

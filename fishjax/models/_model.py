@@ -43,6 +43,8 @@ class Model(NamedTuple):
       generate: `generate(params, batch, *, max_new_tokens, temperature=0., key=None, patch=None)
         -> int32 [B, max_new_tokens]`, under a patch that is not folded, or one for each prompt of
         `patches.select`; None where the model has no decoder.
+      task: what the labels are: `"next"` tokens, those of a `"decoder"`, `"masked"` tokens, `"tags"` of
+        tokens or the `"class"` of an example; None where `apply` does not return logits, or nobody said.
       labels: one example -> int `[T]` or `[]`: what the logits of this example are compared to;
         None where `apply` does not return logits.
       token_mask: one example -> bool `[T]`: which of the `labels` count; None for classifiers.
@@ -62,6 +64,7 @@ class Model(NamedTuple):
     init: Callable[[Array], Params]
     apply: Callable[[Params, Batch], Array]
     generate: Callable[..., Array] | None = None
+    task: str | None = None
     labels: Callable[[Example], Array] | None = None
     token_mask: TokenMask | None = None
     blocks: tuple[str, ...] = ()
@@ -107,7 +110,7 @@ def _build(text: str, names: frozenset[str] | None) -> Model:
         raise
     except WRONG_TYPES as error:
         raise FileFormatError(
-            f"config.json of a `{family}` has an entry of a wrong kind: {error!r:.200}"
+            f"the config of a `{family}` has an entry of a wrong kind: {error!r:.200}"
         ) from None
 
 
@@ -146,6 +149,16 @@ def subtree(params: Params, name: str) -> Params:
     for part in name.split("."):
         params = params[part]
     return params
+
+
+def num_labels(config: dict[str, Any]) -> int:
+    """Return how many classes a config.json names; two where it does not say."""
+    return len(config["id2label"]) if config.get("id2label") else config.get("num_labels", 2)
+
+
+def outputs(model: Model) -> int:
+    """Return the number of logits of a model that predicts labels: classes, or its vocabulary."""
+    return num_labels(model.config) if model.task in ("tags", "class") else model.config["vocab_size"]
 
 
 def end_ids(config: dict[str, Any]) -> list[int]:

@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from flax import linen as nn
 
-from fishjax.models._assemble import assemble, required, shift_right
+from fishjax.errors import UsageError
+from fishjax.models._assemble import NO_LABELS, assemble, required, shift_right
 from fishjax.models._layers import (
     Embedding,
     Keys,
@@ -102,8 +103,10 @@ class Embed(nn.Module):
             carry["encoder_bias"] = RelativeBias(c, True, name=TABLE.format("encoder"))(source, length)
         if "decoder_input_ids" in batch:
             ids = batch["decoder_input_ids"]
-        else:
+        elif "labels" in batch:
             ids = shift_right(batch["labels"], c.start)
+        else:
+            raise UsageError(NO_LABELS)
         keys = make_keys(ids, batch.get("decoder_attention_mask")) if keys is None else keys
         bias = RelativeBias(c, False, name=TABLE.format("decoder"))(keys, ids.shape[1])
         return {**carry, "x": shared(ids), "keys": keys, "bias": bias}
