@@ -14,6 +14,7 @@ def main(port: int, process: int, folder: str, part: str) -> None:
 
     if part != "alone":
         mesh.connect(f"127.0.0.1:{port}", 2, process, timeout=60)
+    import jax.numpy as jnp
     import numpy as np
     import optax
     from jax.sharding import PartitionSpec as P
@@ -34,7 +35,10 @@ def main(port: int, process: int, folder: str, part: str) -> None:
     start = lambda: mesh.follow(train.init(patches.init_dense(base), optimizer), params)
     step = train.make_step(loss, optimizer)
     state, _ = train.fit(start(), step, params, batches, steps=2, folder=f"{folder}/{part}", every=2)
-    state, _ = train.fit(start(), step, params, batches, steps=4, folder=f"{folder}/{part}", every=2)
+    # It goes on from what was saved, whatever state it is given.
+    blank = jax.tree.map(jnp.zeros_like, start())
+    state, _ = train.fit(blank, step, params, batches, steps=4, folder=f"{folder}/{part}", every=2)
+    straight, _ = train.fit(start(), step, params, batches, steps=4)
     tuned = jax.jit(patches.apply)(params, train.patch_of(state))
     squares = fisher.estimate(fisher.empirical(loss, method="reference"), params, batches)
     merging = jax.jit(lambda a, b, f: merge.fisher([a, b], fishers=[f, f], weights=[1, 2]))
@@ -44,6 +48,7 @@ def main(port: int, process: int, folder: str, part: str) -> None:
         "mask": kept,
         "chosen": (chosen.indices, chosen.values),
         "tuned": tuned,
+        "straight": jax.jit(patches.apply)(params, train.patch_of(straight)),
         "fisher": squares,
         "merged": merging(params, tuned, squares),
     }

@@ -57,9 +57,10 @@ def test_sharded_is_unsharded(problem, key, kind, method):
         np.testing.assert_allclose(x, y, rtol=1e-10, atol=1e-12 * float(x.max()))
 
 
-def test_no_device_gathers_the_batch(problem):
+@pytest.mark.parametrize("method", ["one_pass", "reference"])
+def test_no_device_gathers_the_batch(problem, method):
     _, _, placed, divided = problem
-    estimator = fisher.empirical(loss, method="one_pass", chunk_size=2)
+    estimator = fisher.empirical(loss, method=method, chunk_size=2)
     update = functools.partial(estimator.update, sharding=divided["ids"].sharding)
     lowered = jax.jit(update).lower(estimator.init(placed), placed, divided)
     text = lowered.compile().as_text()
@@ -67,9 +68,8 @@ def test_no_device_gathers_the_batch(problem):
     for moved in ("all-gather", "all-to-all", "collective-permute"):
         assert moved not in text
     # One `psum` over the data axis: two devices with the same part of the model add up.
-    assert (
-        len(re.findall(r"= \S.* all-reduce.*\{\{0,4\},\{1,5\},\{2,6\},\{3,7\}\}", text)) <= 6
-    )  # a leaf each
+    sums = re.findall(r"= \S.* all-reduce.*\{\{0,4\},\{1,5\},\{2,6\},\{3,7\}\}", text)
+    assert 1 <= len(sums) <= 6  # a leaf each
 
 
 def test_update_sees_the_sharding_of_what_it_is_given(problem):

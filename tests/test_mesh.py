@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AbstractMesh, SingleDeviceSharding
+from jax.sharding import AbstractMesh, AxisType, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
 from fishjax import leaves, mesh, models, patches, tree
@@ -58,6 +58,7 @@ def test_rules_that_make_no_sense_are_refused(rules, message):
 
 
 def test_a_mesh_needs_its_devices():
+    assert mesh.make(EIGHT).axis_types == (AxisType.Auto,) * 3
     with pytest.raises(UsageError, match=r"fsdp=4, tensor=4 needs 16 devices; there are 8 \(cpu\)"):
         mesh.make({"fsdp": 4, "tensor": 4})
     for axes in ({}, {"data": 0}, {"data": 2.0}):
@@ -91,6 +92,11 @@ PLACES = {
     },
     "llama3": {"model.layers.0.self_attn.q_proj.weight": OUT, "model.layers.0.mlp.down_proj.weight": IN},
     "qwen2": {"model.layers.0.self_attn.v_proj.bias": ("tensor",)},
+    "mistral": {"model.layers.2.self_attn.o_proj.weight": IN, "model.layers.2.mlp.gate_proj.weight": OUT},
+    "qwen3": {
+        "model.layers.0.self_attn.k_proj.weight": OUT,
+        "model.layers.0.self_attn.k_norm.weight": (None,),
+    },
     "gemma2": {"model.layers.0.mlp.up_proj.weight": OUT},
     "gpt2": {
         "transformer.h.0.attn.c_attn.weight": ("fsdp", "tensor"),
@@ -111,6 +117,21 @@ def test_every_family_has_rules_that_divide_its_matrices(case):
     # T5's tables of relative positions have a column a head, and the fixture an odd number of heads.
     assert all("relative" in n or all(d % 2 for d in flat[n].shape) for n in whole), whole
     assert set(models.FAMILIES) == set(mesh._rules.FAMILIES)
+
+
+def test_heads_of_digits_are_divided():
+    model = models.build({"model_type": "fishjax_digits"})
+    on = AbstractMesh((2, 2), ("fsdp", "tensor"))
+    found = mesh.shardings(jax.eval_shape(model.init, jax.random.key(0)), mesh.rules(model, on), on)
+    wanted = {
+        "attention.query.kernel": ("fsdp", "tensor", None),
+        "attention.query.bias": ("tensor", None),
+        "attention.output.kernel": ("tensor", None, "fsdp"),
+        "mlp_in.kernel": ("fsdp", "tensor"),
+        "mlp_out.kernel": ("tensor", "fsdp"),
+        "mlp_norm.scale": (None,),
+    }
+    assert {n: tuple(found[f"block_0.{n}"].spec) for n in wanted} == wanted
 
 
 def test_loading_a_folder_lands_on_the_mesh():

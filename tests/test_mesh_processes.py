@@ -1,10 +1,12 @@
 """Two processes of two CPU devices each are one machine of four; a missing one is an error, not a hang."""
 
+import concurrent.futures
 import json
 import os
 import pathlib
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import time
@@ -57,9 +59,10 @@ def test_two_processes_do_what_one_does(tmp_path):
     first, second, alone = map(json.loads, last_lines(processes))
     assert first == second and (first["devices"], first["here"], first["spec"]) == (4, 2, "fsdp")
     assert alone["here"] == 4
-    for name in ("mask", "chosen", "tuned", "fisher", "merged"):
+    for name in ("mask", "chosen", "tuned", "straight", "fisher", "merged"):
         same = lambda a, b: np.testing.assert_allclose(np.float32(a), np.float32(b), rtol=1e-5, atol=1e-6)
         jax.tree.map(same, first[name], alone[name], is_leaf=lambda x: isinstance(x, list))
+    assert first["tuned"] == first["straight"]  # stopped and gone on, or not stopped
     assert (tmp_path / "two").is_dir()
 
 
@@ -94,9 +97,21 @@ def test_fishjax_train_by_two_processes_writes_one_patch(tmp_path):
 
 
 def test_process_0_says_who_is_missing():
-    begun = time.monotonic()
-    with pytest.raises(FishjaxError, match=r"process 1, 2 of 3 did not call .* within 0.3 s"):
-        mesh.connect(f"127.0.0.1:{free_port()}", 3, 0, timeout=0.3)
+    begun, port = time.monotonic(), free_port()
+
+    def probe():
+        """Call as a health check does: connect, and reset."""
+        while time.monotonic() < begun + 5:
+            with socket.socket() as s:
+                s.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                if s.connect_ex(("127.0.0.1", port)) == 0:
+                    return
+
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        probed = pool.submit(probe)
+        with pytest.raises(FishjaxError, match=r"process 1, 2 of 3 did not call .* within 0.3 s"):
+            mesh.connect(f"127.0.0.1:{port}", 3, 0, timeout=0.3)
+        probed.result()
     with pytest.raises(FishjaxError, match=r"process 1 found no process 0 .* within 0.3 s"):
         mesh.connect(f"127.0.0.1:{free_port()}", 2, 1, timeout=0.3)
     assert time.monotonic() - begun < 5
@@ -110,3 +125,9 @@ def test_arguments_that_make_no_sense_are_refused(call):
         mesh.connect(*call, timeout=1)
     with pytest.raises(UsageError, match="above 0"):
         mesh.connect(*call, timeout=0)
+
+
+def test_detectors_that_find_nobody_are_an_error_that_says_what_to_do():
+    jax.devices()  # too late to connect, and nothing here to detect
+    with pytest.raises(FishjaxError, match=r"within 1 s: .*; name process 0 by `address`"):
+        mesh.connect(timeout=1)

@@ -32,12 +32,20 @@ def connect(
 
     Raises:
       UsageError: an argument that makes no sense.
-      FishjaxError: a process is missing when the time is over; process 0 says which.
+      FishjaxError: a process is missing when the time is over; process 0 says which. Without an `address`,
+        no detector knows the others.
     """
     if not timeout > 0:
         raise UsageError(f"`timeout` must be a number of seconds above 0; got {timeout}")
     if address is None:
-        jax.distributed.initialize(initialization_timeout=max(1, int(timeout)))
+        try:
+            jax.distributed.initialize(initialization_timeout=max(1, int(timeout)))
+        except (RuntimeError, ValueError) as error:
+            raise FishjaxError(
+                f"the processes could not be found or joined within {timeout:g} s: "
+                f"{' '.join(str(error).split())[:300]}; name process 0 by `address`, with `processes` and "
+                "`process`, and a roll call says which one is missing"
+            ) from error
         return
     host, colon, port = address.rpartition(":")
     if not (host and colon and port.isdigit()):
@@ -68,13 +76,16 @@ def _hear(host: str, port: int, processes: int, deadline: float, timeout: float)
     with server:
         while len(here) < processes - 1:
             server.settimeout(max(0.01, deadline - time.monotonic()))
+            caller = None
             try:
                 caller, _ = server.accept()
                 caller.settimeout(max(0.01, min(5.0, deadline - time.monotonic())))
                 word, _, numbers = caller.makefile("rb").readline(64).strip().partition(b" ")
                 index, count = map(int, numbers.split())
-            except ValueError:
-                continue  # some other program
+            except (ValueError, ConnectionError):
+                if caller is not None:
+                    caller.close()  # some other program, or one that hung up
+                continue
             except TimeoutError:
                 if time.monotonic() < deadline:
                     continue
