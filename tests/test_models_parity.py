@@ -88,7 +88,7 @@ def test_blocks_one_by_one_are_the_whole(case):
     np.testing.assert_allclose(counted(model, batch, np.asarray(got)), wanted, atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("case", ["t5_v1_1", "gemma2", "bloom", "gpt2"])
+@pytest.mark.parametrize("case", CASES)
 def test_folder_to_tree_to_folder_keeps_the_content(case, tmp_path):
     model, params, _, _ = load(case)
     models.save(tmp_path / "out", model, params)
