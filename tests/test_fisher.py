@@ -240,6 +240,7 @@ def test_legacy_argmax_squares_the_gradient_of_a_batch(problem):
     same(fisher.estimate(fisher.legacy_argmax(mlp), params, [batch["x"][part] for part in parts]), want)
 
 
+@pytest.mark.slow
 def test_a_seq2seq_fisher_is_that_of_unpadded_labels(x64):
     config = json.loads((pathlib.Path(__file__).parent / "fixtures/models/t5_v1_0/config.json").read_text())
     model = models.build(config | {"num_layers": 1, "num_decoder_layers": 1})

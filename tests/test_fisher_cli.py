@@ -63,6 +63,7 @@ def test_the_digits(digits, capsys):
         np.testing.assert_allclose(x, y, rtol=1e-3, atol=1e-5 * np.abs(y).max() + 1e-8 * largest)
 
 
+@pytest.mark.slow
 def test_tokens_of_a_language_model_in_bfloat16(gpt2, capsys):
     assert run(gpt2, "--data", str(gpt2 / "rows.jsonl"), "--dtype", "bfloat16") == 0
     assert "from 3 examples" in capsys.readouterr().out

@@ -119,6 +119,7 @@ def test_steps_fishers_logits_and_generation_are_those_of_one_device(config, dty
         assert len(jax.tree.leaves(eight.opt_state[0].trace)[0].sharding.device_set) == 8
 
 
+@pytest.mark.slow
 def test_a_contributors_run_on_a_mesh_makes_the_patch_of_one_device(tmp_path):
     model = models.build({**T5, "num_layers": 2})
     models.save(tmp_path / "model", model, drawn(model, 0))

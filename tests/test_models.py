@@ -110,6 +110,7 @@ def test_a_bare_encoder_has_no_loss():
         models.example_loss(model)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", ["t5_v1_1", "gemma2"])
 def test_sampling_with_a_cache_is_sampling_without(case):
     model, params, expected = load(case)

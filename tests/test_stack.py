@@ -72,7 +72,10 @@ def close(a, b, share):
     np.testing.assert_allclose(a, b, rtol=0, atol=share * np.abs(b).max())
 
 
-@pytest.mark.parametrize("dtype, share, rows", [(jnp.float32, 1e-6, 5), (jnp.float64, 1e-10, 2)])
+@pytest.mark.parametrize(
+    "dtype, share, rows",
+    [pytest.param(jnp.float32, 1e-6, 5, marks=pytest.mark.slow), (jnp.float64, 1e-10, 2)],
+)
 def test_each_row_is_its_patch_alone(dtype, share, rows):
     with jax.enable_x64(dtype == jnp.float64):
         params, all_patches = base(dtype), adapters(dtype)
@@ -232,6 +235,7 @@ def test_a_while_loop_keeps_the_factors(x64):
     assert patches.unfolded_report(loop)(params, patch, x) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case, temperature", [("t5_v1_1", 0.0), ("bloom", 0.7)])
 def test_generate_runs_each_prompt_under_its_patch(case, temperature, key):
     model, params = models.load(FIXTURES / case)

@@ -48,7 +48,10 @@ class Sparse:
             .at[self.indices]
             .set(self.values.astype(weight.dtype), mode="drop", indices_are_sorted=True, unique_indices=True)
         )
-        return {name: new.reshape(weight.shape)}
+        new, sharding = new.reshape(weight.shape), None
+        if not isinstance(weight, jax.core.Tracer):  # the detour over flat positions may lose it
+            sharding = weight.sharding if isinstance(weight.sharding, jax.sharding.NamedSharding) else None
+        return {name: new if sharding is None else jax.device_put(new, sharding)}
 
 
 def init_sparse(params: Params, mask: Mask) -> dict[str, Sparse]:
