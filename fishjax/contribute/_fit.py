@@ -88,11 +88,11 @@ def make_step(
       on: the mesh of the parameters, if they lie on one.
       loss, remat, scan: as of `fit`.
     """
-    whole = on is None or tuple(on.shape) == ("data",)
+    whole = isinstance(on, Mesh) and tuple(on.shape) == ("data",)
     held = model if on is None or whole else mesh.constrain(model, on)
     held = models.scanned(held, remat=remat) if scan else models.remat(held) if remat else held
     loss_fn = loss(held)
-    if whole and isinstance(on, Mesh):
+    if isinstance(on, Mesh) and whole:
         return train.make_parallel_step(leaves.interpret(loss_fn), optimizer, on, apply=patches.unfold)
     over = mesh.batch_axes(on)
     return train.make_step(leaves.interpret(loss_fn), optimizer, apply=patches.unfold, over=over)
