@@ -169,6 +169,11 @@ def pipelined(
         back = lambda x: lax.ppermute(x, axis, [(j, i) for i, j in forth])
         return carried(x, lambda t: jax.tree.map(there, t), lambda t: jax.tree.map(back, t), wire)
 
+    hand_out = partial(jax.tree.map, lambda x: x[-micro:])
+    take_back = partial(
+        jax.tree.map, lambda x: jnp.pad(x, [((count - 1) * micro, 0), *[(0, 0)] * (x.ndim - 1)])
+    )
+
     def device(blocks: Params, patch: Patch, carry: list[Array], structure: Any) -> list[Array]:
         me, last = lax.axis_index(axis), micro - 1
         at = lambda xs, i: [lax.dynamic_index_in_dim(x, jnp.clip(i, 0, last), keepdims=False) for x in xs]
@@ -211,7 +216,7 @@ def pipelined(
             check_vma=False,
         )
         # Every device hands out what it computed; only the last stage's is the model's.
-        ends = iter([x[-micro:] for x in run(blocks, inner, arrays)])
+        ends = iter([carried(x, hand_out, take_back, wire) for x in run(blocks, inner, arrays)])
         carry = jax.tree.unflatten(structure, [next(ends) if m else x for x, m in zip(arrays, moves)])
         logits = jax.vmap(partial(head, params["outside"], outer))(carry)
         return logits.reshape(-1, *logits.shape[2:])

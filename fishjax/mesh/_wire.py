@@ -39,11 +39,12 @@ def carried(x: Array, there: Move, back: Move, wire: str) -> Array:
     """
     if wire == "float" or x.ndim == 0 or not jnp.issubdtype(x.dtype, jnp.floating):
         return there(x)
-    dtype, shape, group = x.dtype, x.shape, near_divisor(x.shape[-1], GROUP)
+    dtype, group = x.dtype, near_divisor(x.shape[-1], GROUP)
 
     def sent(x: Array, move: Move) -> Array:
         codes, scales = move(encode(x, "int8", x.ndim - 1, group))
-        return (decode(codes, "int8", group, scales.dtype) * scales[..., None]).reshape(shape).astype(dtype)
+        groups = decode(codes, "int8", group, scales.dtype) * scales[..., None]
+        return groups.reshape(*groups.shape[:-2], -1).astype(dtype)
 
     crossing = jax.custom_vjp(lambda x: sent(x, there))
     crossing.defvjp(lambda x: (sent(x, there), None), lambda _, g: (sent(g, back),))
