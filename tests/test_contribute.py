@@ -1,5 +1,6 @@
 """From a model folder to a patch file: the command line, each way to choose, and a stop in the middle."""
 
+import functools
 import json
 
 import jax
@@ -8,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 
-from fishjax import checkpoint, cli, contribute, mesh, models, patches, train
+from fishjax import checkpoint, cli, contribute, leaves, mesh, models, patches, train, tree
 from fishjax.errors import UsageError
 from tests.test_train_sync import collectives
 
@@ -144,6 +145,42 @@ def test_wrong_configurations_are_one_line_and_exit_code_2(folder, capsys, bindi
     assert cli.main(["train", "--gin_file", "configs/train_fish.gin", *bindings(folder, binding)]) == 2
     said = capsys.readouterr().err.strip()
     assert message in said and "\n" not in said
+
+
+@pytest.mark.parametrize("scan", [False, True])
+def test_vectors_are_trained_beside_weights_in_eight_bits(folder, scan):
+    model = models.build({**SMALL, "num_hidden_layers": 2})
+    models.save(folder / "model", model, base := model.init(jax.random.key(0)))
+    options = {"steps": 12, "learning_rate": 0.03, "batch_size": 16}
+    out = folder / "p.safetensors"
+    contribute.run(
+        model=str(folder / "model"),
+        data_from="bundled_digits",
+        out=str(out),
+        make=contribute.ia3,
+        quantise="int8",
+        scan=scan,
+        **options,
+    )
+    rounded = tree.flatten(leaves.quantise(base, "int8"))
+    assert any(leaves.is_leaf(x) for x in rounded.values())
+    floats = tree.nest({n: leaves.array(x) for n, x in rounded.items()})
+    rows, _ = contribute.read("bundled_digits", "", model, split="train")
+    want = contribute.fit(patches.init_ia3(base, targets="paper"), floats, model, rows, **options)
+    got, metadata = checkpoint.load_patch(out)
+    for name, kind in want.items():
+        np.testing.assert_allclose(got[name].vector, kind.vector, atol=1e-5)
+    assert checkpoint.read_patch(out).base_id == checkpoint.digest(base)  # the folder's own weights
+    assert metadata["recipe"]["quantise"] == "int8"
+
+
+@pytest.mark.parametrize("make", [contribute.fish, contribute.random, contribute.magnitude])
+def test_new_values_need_weights_in_floats(folder, make):
+    options = {"model": str(folder / "model"), "data_from": "bundled_digits", "out": str(folder / "q")}
+    make = functools.partial(make, density=0.1)
+    with pytest.raises(UsageError, match=r"kernel` and \d+ more are quantised.*need the floats"):
+        contribute.run(**options, make=make, steps=9, learning_rate=0.1, quantise="int8")
+    assert not list(folder.glob("q*"))
 
 
 def test_a_mask_is_refreshed_on_a_schedule(folder):

@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from fishjax import checkpoint, data, fisher, masks, mesh, models, patches
-from fishjax.errors import WrongBaseError
+from fishjax import checkpoint, data, fisher, leaves, masks, mesh, models, patches, tree
+from fishjax.errors import UsageError, WrongBaseError
 from fishjax.types import Array, Batch, LossFn, Mask, Params, Patch
 
 
@@ -39,6 +39,7 @@ def fish(
       loss: of a model, whose gradients are squared.
     """
     del key
+    _check_floats(base)
     scores = fisher.estimate(fisher.empirical(loss(model)), base, batches)
     examples = sum(data.examples(batch) for batch in batches)
     recipe = {"method": "fish", "density": density, "estimator": "empirical", "examples": examples}
@@ -50,6 +51,7 @@ def random(
 ) -> Made:
     """Choose entries at random: the baseline that a FISH mask has to beat."""
     del model, batches
+    _check_floats(base)
     mask = masks.random(key, base, density=density, **rules)
     return _masked(base, mask, {"method": "random", "density": density})
 
@@ -59,6 +61,7 @@ def magnitude(
 ) -> Made:
     """Choose the weights of largest absolute value."""
     del key, model, batches
+    _check_floats(base)
     mask = masks.magnitude(base, density=density, **rules)
     return _masked(base, mask, {"method": "magnitude", "density": density})
 
@@ -73,6 +76,7 @@ def full(
 ) -> Made:
     """Train whole leaves: everything, or those of some names (`"bias$"` is BitFit)."""
     del key, model, batches
+    _check_floats(base)
     return Made(patches.init_dense(base, targets), {"method": "dense"})
 
 
@@ -118,6 +122,7 @@ def from_patch(
     References: Liu et al. 2022, arXiv 2205.05638, section 3.4.
     """
     del key, model, batches
+    _check_floats(base)
     patch, metadata = checkpoint.load_patch(path)
     wanted, found = checkpoint.read_patch(path).base_id, checkpoint.digest(base)
     if wanted != found:
@@ -137,8 +142,18 @@ def from_mask(
       StructureError: the mask has other leaves, or of other shapes.
     """
     del key, model, batches
+    _check_floats(base)
     mask, metadata = checkpoint.load_mask(path)
     return _masked(base, mask, {"method": "mask", "from": metadata.get("recipe", {})})
+
+
+def _check_floats(base: Params) -> None:
+    """Raise if a weight is quantised: it has no values that could be replaced, and another content id."""
+    if odd := [n for n, x in tree.flatten(base).items() if leaves.is_leaf(x)]:
+        raise UsageError(
+            f"`{odd[0]}` and {len(odd) - 1} more are quantised; new values of weights, and patches that go "
+            "on from a file, need the floats. Leave out `quantise`, or train `ia3` or `lora`"
+        )
 
 
 def _masked(base: Params, mask: Mask, recipe: dict[str, Any]) -> Made:

@@ -39,6 +39,7 @@ def run(
     rules: Callable[[models.Model, Mesh], mesh.SpecRules] = mesh.rules,
     remat: bool = False,
     scan: bool = False,
+    quantise: Any = None,
     refresh_every: int | None = None,
     lossy: str | None = None,
 ) -> Digest:
@@ -61,6 +62,8 @@ def run(
       shots: train on so few examples of each data set, drawn by the seed; None takes all.
       loss, optimizer, remat: as of `fit`.
       scan: stack equal blocks while training, as of `fit`; the patch is of the model's own leaves.
+      quantise: "int8", "int4", "nf4" or rules, as of `models.load`: what is not trained is held in so few
+        bits, for `ia3` and `lora`. The patch is of the folder's own weights.
       on: a mesh (`mesh.make`) onto which the model is loaded and on which all else then happens.
       rules: `(model, mesh) -> rules` as of `mesh.shard`.
       refresh_every: steps after which `make` chooses a new mask, of the weights as they are by then; what
@@ -75,7 +78,7 @@ def run(
     if Path(out).exists():
         raise UsageError(f"`{out}` exists; remove it or choose another name")
     where = None if on is None else lambda m, shapes: mesh.shardings(shapes, rules(m, on), on)
-    loaded, base = models.load(model, shardings=where)
+    loaded, base = models.load(model, shardings=where, quantise=quantise)
     options: dict[str, Any] = {"split": split, "templates": templates, "limit": limit, "shots": shots}
     rows, data_id = read(data_from, model, loaded, **options, seed=seed)
     some = {name: x[:examples] for name, x in rows.items()}
@@ -109,9 +112,12 @@ def run(
         refresh=None if refresh_every is None else (again, refresh_every),
     )
     recipe = {**made.recipe, "seed": seed, "data": data_id, "steps": steps, "learning_rate": learning_rate}
+    recipe |= {} if quantise is None else {"quantise": quantise}
     recipe |= {} if refresh_every is None else {"refresh_every": refresh_every}
     patch = models.unstack_patch(loaded, shapes, patch) if scan else patch
-    if scan or jax.process_count() > 1:  # the base is no longer here as it was; its files are
+    if (
+        scan or quantise is not None or jax.process_count() > 1
+    ):  # the base is no longer here as it was; its files are
         whole = tree.flatten(checkpoint.load_params(model))
         params = {n: whole[n] for n in tree.flatten(shapes)}
     said = {**(metadata or {}), "recipe": recipe}

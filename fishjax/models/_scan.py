@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from fishjax import tree
+from fishjax import leaves, tree
 from fishjax.errors import StructureError
 from fishjax.models._model import Model, subtree
 from fishjax.patches import Sparse
@@ -81,8 +81,8 @@ def stack_blocks(model: Model, params: Params, *, donate: bool = False) -> Param
     for star, rest, run in _stacks(model, flat):
         parts = [flat.pop(f"{block}.{rest}") for block in run]
         flat[f"{star}.{rest}"] = jax.block_until_ready(_stack(parts)) if donate else _stack(parts)
-        for part in parts if donate else ():
-            part.delete()
+        for x in jax.tree.leaves(parts) if donate else ():
+            x.delete()
     return tree.nest(flat)
 
 
@@ -144,7 +144,13 @@ def _star(run: Sequence[str]) -> str:
     return re.sub(r"\d+$", "*", run[0])
 
 
-def _stack(parts: Sequence[Array]) -> Array:
+def _stack(parts: Sequence[Any]) -> Any:
+    """Stack arrays, or the arrays of quantised weights, which then lose their names."""
+    nameless = [dataclasses.replace(x, name="") if leaves.is_leaf(x) else x for x in parts]
+    return jax.tree.map(lambda *xs: _stack_arrays(xs), *nameless)
+
+
+def _stack_arrays(parts: Sequence[Array]) -> Array:
     sharding = getattr(parts[0], "sharding", None)
     if not isinstance(sharding, NamedSharding):
         return jnp.stack(parts)
