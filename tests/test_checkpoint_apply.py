@@ -256,6 +256,24 @@ def test_diff_of_models_that_do_not_fit(tmp_path):
     assert not (tmp_path / "p").exists()
 
 
+PEAK = (
+    "import json, re, sys; from pathlib import Path; from fishjax import checkpoint as c\n"
+    # Not `ru_maxrss`: a child starts with its parent's.
+    "status = lambda: Path('/proc/self/status').read_text()\n"
+    "peak = lambda: int(re.search(r'VmHWM:\\s+(\\d+)', status())[1]) / 1024\n"
+    "start = peak()\n"
+)
+
+
+def run(script, folder):
+    """Return what a script prints that runs in a process of its own."""
+    env = {**os.environ, "PYTHONPATH": os.getcwd()}
+    done = subprocess.run(
+        [sys.executable, "-c", PEAK + script], cwd=folder, env=env, capture_output=True, text=True, check=True
+    )
+    return json.loads(done.stdout)
+
+
 def test_memory_is_bounded_by_the_largest_tensor(tmp_path):
     """A model of 160 MB in tensors of 8 MB: comparing and patching take a few tensors each."""
     tensors = {f"t{i:02d}": np.full((5, 400_000), i, np.float32) for i in range(20)}
@@ -266,20 +284,28 @@ def test_memory_is_bounded_by_the_largest_tensor(tmp_path):
             x[:] = 7
     checkpoint.save_params(tmp_path / "tuned.safetensors", tensors)
     script = (
-        "import json, re, sys; from pathlib import Path; from fishjax import checkpoint as c\n"
-        # Not `ru_maxrss`: a child starts with its parent's.
-        "status = lambda: Path('/proc/self/status').read_text()\n"
-        "peak = lambda: int(re.search(r'VmHWM:\\s+(\\d+)', status())[1]) / 1024\n"
-        "start = peak()\n"
         "c.diff_files('base.safetensors', 'tuned.safetensors', 'p'); diff = peak()\n"
         "c.apply_file('p', 'base.safetensors', 'out.safetensors')\n"
         "print(json.dumps([start, diff, peak(), 'jax' in sys.modules]))"
     )
-    env = {**os.environ, "PYTHONPATH": os.getcwd()}
-    done = subprocess.run(
-        [sys.executable, "-c", script], cwd=tmp_path, env=env, capture_output=True, text=True, check=True
-    )
-    start, diff, both, jax_was_imported = json.loads(done.stdout)
+    start, diff, both, jax_was_imported = run(script, tmp_path)
     print(f"peak MB: start {start:.0f}, diff {diff:.0f}, apply {both:.0f}")
     assert diff - start < 40 and both - start < 48 and not jax_was_imported
+    assert (tmp_path / "out.safetensors").read_bytes() == (tmp_path / "tuned.safetensors").read_bytes()
+
+
+def test_no_more_than_one_tensors_indices_are_held(tmp_path):
+    """A patch of 53 MB of indices, decoded, of tensors of 4 MB."""
+    tensors = {f"t{i:02d}": np.full((5, 200_000), i, np.float32) for i in range(40)}
+    checkpoint.save_params(tmp_path / "base.safetensors", tensors)
+    for x in tensors.values():
+        x[:, ::3] = -1
+    checkpoint.save_params(tmp_path / "tuned.safetensors", tensors)
+    checkpoint.diff_files(tmp_path / "base.safetensors", tmp_path / "tuned.safetensors", tmp_path / "p")
+    changes = checkpoint.read_patch(tmp_path / "p").changes
+    assert sum(c.arrays["indices"].nbytes for c in changes.values()) > 53e6
+    script = "c.apply_file('p', 'base.safetensors', 'out.safetensors'); print(json.dumps([start, peak()]))"
+    start, peak = run(script, tmp_path)
+    print(f"peak MB: start {start:.0f}, apply {peak:.0f}")
+    assert peak - start < 40
     assert (tmp_path / "out.safetensors").read_bytes() == (tmp_path / "tuned.safetensors").read_bytes()

@@ -15,7 +15,7 @@ from fishjax.checkpoint._dtypes import Spec
 from fishjax.checkpoint._links import inside
 from fishjax.checkpoint._params import INDEX, REFUSED, SINGLE, ParamFiles, open_params
 from fishjax.checkpoint._patch import PatchFile, read_patch
-from fishjax.checkpoint._safetensors import write_file
+from fishjax.checkpoint._safetensors import release, write_file
 from fishjax.errors import FileFormatError, WrongBaseError
 from fishjax.progress import track
 from fishjax.types import Digest
@@ -56,7 +56,7 @@ def apply_file(
     """
     base, out = Path(base), Path(out)
     refuse_existing(out)
-    file = read_patch(patch)
+    file = read_patch(patch, lazy=True)
     with open_params(base) as tensors:
         digests = _check_base(patch, file, base, tensors, touched_only)
         owners = {t: n for n, change in file.changes.items() for t in _kinds.touched(n, change)}
@@ -64,7 +64,10 @@ def apply_file(
         def read(name: str) -> np.ndarray:
             if name not in owners:
                 return tensors[name]
-            new = _kinds.fold(owners[name], file.changes[owners[name]], name, tensors[name])
+            change = file.changes[owners[name]]
+            new = _kinds.fold(owners[name], change, name, tensors[name])
+            for field in set(change.arrays) - {"indices"}:
+                release(change.arrays[field])
             digests[name] = leaf_digest(name, new)
             if file.result_digests.get(name, digests[name]) != digests[name]:
                 raise FileFormatError(

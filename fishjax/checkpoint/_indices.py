@@ -1,5 +1,6 @@
 """Increasing positions as bytes: Rice's code or packed gaps, whichever is smaller; a note says which."""
 
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -8,6 +9,22 @@ from fishjax.checkpoint import _gaps, _rice
 from fishjax.checkpoint._dtypes import DTYPES
 from fishjax.checkpoint._manifest import take
 from fishjax.errors import FileFormatError
+
+
+class Decoded(Mapping[str, np.ndarray]):
+    """Arrays of which `indices` is decoded anew whenever it is asked for, so that nobody holds it."""
+
+    def __init__(self, arrays: Mapping[str, np.ndarray], indices: Callable[[], np.ndarray]):
+        self._arrays, self._indices = arrays, indices
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        return self._indices() if name == "indices" else self._arrays[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._arrays)
+
+    def __len__(self) -> int:
+        return len(self._arrays)
 
 
 def encode(positions: np.ndarray) -> tuple[dict[str, Any], np.ndarray]:

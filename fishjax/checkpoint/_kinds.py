@@ -19,7 +19,7 @@ class Change(NamedTuple):
     """One entry of a patch as it is in a file: a kind's name, its arrays and its static fields."""
 
     kind: str
-    arrays: dict[str, np.ndarray]
+    arrays: Mapping[str, np.ndarray]
     static: dict[str, Any]
 
 

@@ -10,6 +10,7 @@ import dataclasses
 import math
 import os
 from collections.abc import Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -101,7 +102,8 @@ def save_patch(
     _check_fit(changes, specs)
     for name, change in changes.items():
         if "values" in change.arrays:
-            change.arrays["values"] = change.arrays["values"].astype(specs[name].dtype, copy=False)
+            values = change.arrays["values"].astype(specs[name].dtype, copy=False)
+            changes[name] = change._replace(arrays={**change.arrays, "values": values})
     known_at = precision_at(changes, specs, precision)
     lost = None
     if lossy is not None:
@@ -196,9 +198,17 @@ def load_patch(path: str | os.PathLike, *, check_finite: bool = True) -> tuple[P
     return patch, file.metadata
 
 
-def read_patch(path: str | os.PathLike, *, check_finite: bool = True) -> PatchFile:
-    """Read and check a patch file without jax; see `load_patch`."""
+def read_patch(path: str | os.PathLike, *, check_finite: bool = True, lazy: bool = False) -> PatchFile:
+    """Read and check a patch file without jax; see `load_patch`.
+
+    Args:
+      lazy: hold no indices; each entry's are decoded when asked for, after a first time to check them.
+    """
     manifest, tensors, digest = read_sealed(path, "patch")
+    fields: dict[str, dict[str, np.ndarray]] = {}
+    for tensor, array in tensors.items():
+        name, _, field = tensor.rpartition("::")
+        fields.setdefault(name, {})[field] = array
     specs: dict[str, Spec] = {}
     base_digests: dict[str, Digest] = {}
     for name, leaf in take(path, manifest, "touched", dict).items():
@@ -213,10 +223,10 @@ def read_patch(path: str | os.PathLike, *, check_finite: bool = True) -> PatchFi
     known_at: dict[str, np.ndarray] = {}
     for name, entry in take(path, manifest, "changes", dict).items():
         where = f"the change of `{name}`"
-        arrays = {t.removeprefix(f"{name}::"): x for t, x in tensors.items() if t.rpartition("::")[0] == name}
+        arrays: Mapping[str, np.ndarray] = fields.get(name, {})
         used |= {f"{name}::{field}" for field in arrays}
         if PRECISION in arrays:
-            known_at[name] = arrays.pop(PRECISION)
+            known_at[name] = fields[name].pop(PRECISION)
         for field, array in arrays.items():
             if check_finite and not _finite(array):
                 raise FileFormatError(
@@ -227,7 +237,8 @@ def read_patch(path: str | os.PathLike, *, check_finite: bool = True) -> PatchFi
             note = take(path, entry, "indices", dict, where)
             values = arrays.get("values", arrays.get("codes"))
             if values is not None:  # else `_check_fit` tells what is missing
-                arrays["indices"] = _indices.decode_paired(path, name, note, arrays["indices"], values.size)
+                decode = partial(_indices.decode_paired, path, name, note, arrays["indices"], values.size)
+                arrays = _indices.Decoded(arrays, decode) if lazy else {**arrays, "indices": decode()}
         static = {k: _tuples(v) for k, v in take(path, entry, "static", dict, where).items()}
         changes[name] = Change(take(path, entry, "kind", str, where), arrays, static)
     if extra := sorted(set(tensors) - used):
@@ -236,6 +247,8 @@ def read_patch(path: str | os.PathLike, *, check_finite: bool = True) -> PatchFi
         _check_fit(changes, specs)
         known_at = precision_at(changes, specs, known_at)
         touched = {t for n, c in changes.items() for t in _kinds.touched(n, c)}
+    except FileFormatError:
+        raise
     except (StructureError, TypeError, ValueError) as error:
         raise FileFormatError(f"`{path}` contradicts itself: {error}") from None
     exact = {t for n, c in changes.items() if c.kind in _kinds.EXACT for t in _kinds.touched(n, c)}
