@@ -20,6 +20,7 @@ def main(port: int, process: int, folder: str, part: str) -> None:
     from jax.sharding import PartitionSpec as P
 
     from fishjax import contribute, fisher, masks, merge, patches, train
+    from fishjax.errors import UsageError
 
     on = mesh.make({"fsdp": 4})
     rng = np.random.default_rng(0)
@@ -53,9 +54,20 @@ def main(port: int, process: int, folder: str, part: str) -> None:
         "merged": merging(params, tuned, squares),
     }
 
+    w = rng.normal(size=(8, 4)).astype(np.float32)
+    w[0] = np.nan  # of what the first process holds; the second must not wait for it
+    try:
+        masks.topk(
+            {"w": jax.make_array_from_callback(w.shape, params["w"].sharding, w.__getitem__)}, density=0.3
+        )
+        refused = ""
+    except UsageError as error:
+        refused = str(error)
+
     whole = lambda x: np.asarray(x).tolist()
     layout = {"here": len(tuned["w"].addressable_shards), "spec": tuned["w"].sharding.spec[0]}
-    print(json.dumps({"devices": jax.device_count(), **layout, **jax.tree.map(whole, mesh.gather(found))}))
+    layout |= {"refused": refused, "devices": jax.device_count()}
+    print(json.dumps({**layout, **jax.tree.map(whole, mesh.gather(found))}))
 
 
 if __name__ == "__main__":

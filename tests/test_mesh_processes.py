@@ -57,6 +57,8 @@ def test_two_processes_do_what_one_does(tmp_path):
     own = [(port, 0, tmp_path, "two"), (port, 1, tmp_path, "two"), (0, 0, tmp_path, "alone")]
     processes = [start(HERE / "mesh_process.py", *arguments) for arguments in own]
     first, second, alone = map(json.loads, last_lines(processes))
+    assert "`w` has NaN" in first.pop("refused") and "process 0 of several" in second.pop("refused")
+    assert "`w` has NaN" in alone.pop("refused")
     assert first == second and (first["devices"], first["here"], first["spec"]) == (4, 2, "fsdp")
     assert alone["here"] == 4
     for name in ("mask", "chosen", "tuned", "straight", "fisher", "merged"):

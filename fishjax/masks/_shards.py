@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from fishjax.errors import UsageError
 from fishjax.masks._largest import Found, Piece, keys_of, largest
 
 
@@ -33,10 +34,15 @@ def global_largest(leaves: Mapping[str, Any], names: Sequence[str], count: int) 
             if shard.replica_id == 0:  # one of those that hold the same entries
                 pieces.append(_piece(name, leaf.shape, shard, keys_in[name]))
     here = min(count, sum(p.entries.size for p in pieces))
-    found = largest(pieces, here, in_order=False)
-    if all(getattr(leaves[n], "is_fully_addressable", True) for n in names):
-        return found
-    return _of_all_processes(*found, count)
+    alone = all(getattr(leaves[n], "is_fully_addressable", True) for n in names)
+    problem: UsageError | None = None
+    try:
+        found = largest(pieces, here, in_order=False)
+    except UsageError as error:
+        if alone:
+            raise
+        found, problem = Found(np.zeros(0, np.int64), np.zeros(0)), error  # the others wait for an answer
+    return found if alone else _of_all_processes(*found, count, problem)
 
 
 def place(leaf: Any, where: np.ndarray) -> Any:
@@ -62,10 +68,19 @@ def _piece(name: str, shape: tuple[int, ...], shard: Any, key: Any) -> Piece:
     return Piece(name, block.reshape(-1), keys)
 
 
-def _of_all_processes(keys: np.ndarray, values: np.ndarray, count: int) -> Found:
-    """Return the largest of what each process found; bits travel as uint32, which no setting narrows."""
+def _of_all_processes(keys: np.ndarray, values: np.ndarray, count: int, problem: UsageError | None) -> Found:
+    """Return the largest of what each process found; bits travel as uint32, which no setting narrows.
+
+    Raises:
+      UsageError: in every process, if one of them has a problem.
+    """
     from jax.experimental.multihost_utils import process_allgather
 
+    failed = np.flatnonzero(process_allgather(np.array([problem is not None])))
+    if failed.size:
+        raise problem or UsageError(
+            f"`scores`: process {failed[0]} of several refused its part (its message says why)"
+        )
     held = np.zeros(count, bool)
     held[: keys.size] = True
     padded = [
