@@ -14,9 +14,9 @@ import dataclasses
 import functools
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import gin
 import jax
@@ -43,11 +43,13 @@ class Method:
     size: float = 0.0  # LoRA's rank, FISH's density
 
 
-class Task(NamedTuple):
-    """A held-out task as arrays, all tasks of the same shapes."""
+def grid(rates: Mapping[str, Sequence[float]], sizes: Mapping[str, float]) -> list[Method]:
+    """Return a method for each kind and learning rate.
 
-    shots: Batch  # [rows * templates]: each row under each template, in this order
-    tests: list[Batch]  # one for each template
+    Args:
+      rates: by kind. sizes: of kinds that have one.
+    """
+    return [Method(f"{k} {r:g}", k, r, size=sizes.get(k, 0.0)) for k, some in rates.items() for r in some]
 
 
 def run(
@@ -100,7 +102,7 @@ def run(
             train.init(patch, rule),
             contribute.make_step(model, rule, loss=train.choice_lm_loss),
             params,
-            data.batches(answers(rows), 64, seed=0, epochs=None),
+            data.batches(tfew_tasks.answers(rows), 64, seed=0, epochs=None),
             steps=steps,
             folder=folder / f"{what}.state",
             description=f"training {what}",
@@ -126,7 +128,7 @@ def run(
     pretrained = jax.tree.map(jax.numpy.asarray, checkpoint.load_patch(folder / "pretrained.safetensors")[0])
 
     few, held = tfew_tasks.parts(world, split=split, seed=0)
-    tasks = prepared(few, held, templates, encode, shots=max(4 * shots, 256), tests=tests)
+    tasks = tfew_tasks.prepared(few, held, templates, encode, shots=max(4 * shots, 256), tests=tests)
     classify = jax.jit(train.rank_classify(model))
 
     def accuracies(params: Params, tests: Sequence[Batch]) -> list[float]:
@@ -217,7 +219,9 @@ class Learner:
             return patches.init_lora(key, self.base, rank=int(self.method.size), targets="paper")
         if self.method.kind == "fish":
             scores = fisher.estimate(self.estimator, self.base, data.batches(shots, 32))
-            return patches.init_sparse(self.base, masks.topk(scores, density=self.method.size))
+            # As many of each leaf whatever the task, so that the step is compiled once.
+            mask = masks.topk(scores, density=self.method.size, scope="leaf", minimum=1)
+            return patches.init_sparse(self.base, mask)
         if self.method.kind == "full":
             return patches.init_dense(self.base)
         raise SystemExit(f"`kind` must be ia3, pretrained, lora, fish or full; got `{self.method.kind}`")
@@ -252,40 +256,6 @@ def started(model: models.Model) -> Params:
         return x * (deviation / x.std())
 
     return tree.map_named(scaled, jax.jit(model.init)(jax.random.key(0)))
-
-
-def answers(rows: Batch) -> Batch:
-    """Keep the right choice alone: all that L_LM sees."""
-    right = np.take_along_axis(rows["choices"], rows["answer"][:, None, None], axis=1)
-    return {
-        **rows,
-        "choices": right,
-        "choice_mask": np.ones(right.shape[:2], bool),
-        "answer": 0 * rows["answer"],
-    }
-
-
-def prepared(
-    few: tfew_tasks.World,
-    held: tfew_tasks.World,
-    templates: dict,
-    encode: Callable,
-    *,
-    shots: int,
-    tests: int,
-) -> dict[str, Task]:
-    """Return the held-out tasks, padded to common shapes so that one program serves them all."""
-    blocks, places = [], []
-    for name, maker in tfew_tasks.HELD_OUT.items():
-        rows = tfew_tasks.rows_of(maker, few, shots, seed=4)
-        blocks.append(encode(data.render_all(templates[name], rows)))
-        rows = tfew_tasks.rows_of(maker, held, tests, seed=5)
-        blocks += [encode(data.render_all([template], rows)) for template in templates[name]]
-        places += [name] * (1 + len(templates[name]))
-    whole, ends = data.mix(blocks, seed=0), np.cumsum([data.examples(b) for b in blocks])
-    cut = [{n: x[end - data.examples(b) : end] for n, x in whole.items()} for b, end in zip(blocks, ends)]
-    of = {name: [c for c, place in zip(cut, places) if place == name] for name in tfew_tasks.HELD_OUT}
-    return {name: Task(first, rest) for name, (first, *rest) in of.items()}
 
 
 def _opened(folder: Path) -> Path:

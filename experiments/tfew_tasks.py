@@ -17,6 +17,7 @@ import numpy as np
 import tokenizers
 
 from fishjax import data
+from fishjax.types import Batch
 
 Row = dict[str, Any]
 KNOWN = ("tkinter", "asyncio", "importlib", "email", "logging", "decimal", "xml", "inspect")
@@ -37,6 +38,13 @@ SPECIAL = ("<pad>", "</s>", "<unk>", "<a>", "<b>")  # <a> and <b> stand for what
 LENGTH = 12  # words of a docstring that are kept
 MODEL = {"model_type": "t5", "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}
 MODEL |= {"pad_token_id": 0, "eos_token_id": 1, "decoder_start_token_id": 0}
+
+
+class Task(NamedTuple):
+    """A held-out task as arrays, all tasks of the same shapes."""
+
+    shots: Batch  # [rows * templates]: each row under each template, in this order
+    tests: list[Batch]  # one for each template
 
 
 class World(NamedTuple):
@@ -235,3 +243,37 @@ def denoising(world: World, count: int, *, seed: int) -> list[data.Question]:
         spans = ["<a>", *text[a : ends[0]], "<b>", *text[b : ends[1]]]
         questions.append(data.Question(" ".join(cut), (" ".join(spans),), 0))
     return questions
+
+
+def answers(rows: Batch) -> Batch:
+    """Keep the right choice alone: all that L_LM sees."""
+    right = np.take_along_axis(rows["choices"], rows["answer"][:, None, None], axis=1)
+    return {
+        **rows,
+        "choices": right,
+        "choice_mask": np.ones(right.shape[:2], bool),
+        "answer": 0 * rows["answer"],
+    }
+
+
+def prepared(
+    few: World,
+    held: World,
+    templates: dict,
+    encode: Callable,
+    *,
+    shots: int,
+    tests: int,
+) -> dict[str, Task]:
+    """Return the held-out tasks, padded to common shapes so that one program serves them all."""
+    blocks, places = [], []
+    for name, maker in HELD_OUT.items():
+        rows = rows_of(maker, few, shots, seed=4)
+        blocks.append(encode(data.render_all(templates[name], rows)))
+        rows = rows_of(maker, held, tests, seed=5)
+        blocks += [encode(data.render_all([template], rows)) for template in templates[name]]
+        places += [name] * (1 + len(templates[name]))
+    whole, ends = data.mix(blocks, seed=0), np.cumsum([data.examples(b) for b in blocks])
+    cut = [{n: x[end - data.examples(b) : end] for n, x in whole.items()} for b, end in zip(blocks, ends)]
+    of = {name: [c for c, place in zip(cut, places) if place == name] for name in HELD_OUT}
+    return {name: Task(first, rest) for name, (first, *rest) in of.items()}

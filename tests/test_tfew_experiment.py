@@ -108,6 +108,6 @@ def first(cells):
 
 def test_answers_alone():
     rows = {"choices": np.arange(12).reshape(2, 3, 2), "answer": np.array([2, 0])}
-    alone = tfew.answers({**rows, "choice_mask": np.ones((2, 3), bool)})
+    alone = tfew_tasks.answers({**rows, "choice_mask": np.ones((2, 3), bool)})
     assert alone["choices"].tolist() == [[[4, 5]], [[6, 7]]] and alone["answer"].tolist() == [0, 0]
     data.check_choices(alone)
