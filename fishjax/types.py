@@ -15,6 +15,7 @@ Example: TypeAlias = Any  # a pytree of arrays without a batch axis
 Batch: TypeAlias = Any  # a pytree of arrays whose leading axis is B
 
 LossFn: TypeAlias = Callable[[Params, Example], Array]  # one example -> nats, a scalar
+BatchLossFn: TypeAlias = Callable[[Params, Batch], Array]  # a batch -> nats, a scalar
 LogitsFn: TypeAlias = Callable[[Params, Example], Array]  # one example -> `[C]` or `[T, V]`
 TokenMask: TypeAlias = Callable[[Example], Array]  # one example -> bool `[T]`: the tokens that count
 

@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 
-from fishjax import models, train
+from fishjax import models, patches, train, tree
 from fishjax.errors import UsageError
 from fishjax.train import _losses
 
@@ -154,6 +154,24 @@ def test_legacy_losses_are_those_of_the_published_code(picked, scores, x64):
     value = -(sum(np.log(1 - np.exp(p) + 1e-2) for p in wrong) + absent * np.log(1.01)) / len(wrong)
     ul = train.legacy_unlikelihood_loss(scores.log_p, scores.keep, answers)
     np.testing.assert_allclose(ul, value, rtol=1e-10)
+
+
+def test_a_step_descends_the_published_codes_loss_of_a_batch(model, wide, picked, x64):
+    """The answer's tokens count alike, whichever example they are of: the loss is no mean over examples."""
+    loss_fn = train.legacy_tfew_loss(model)
+    step = train.make_step(loss_fn, optax.sgd(1.0), batched=True)
+    start = patches.init_dense(wide, "shared")
+    state, loss = jax.jit(step)(train.init(start, optax.sgd(1.0)), wide, batch_of())
+    right = [p for row, a in zip(picked, ANSWERS) for p in row[a]]
+    wrong = [p for row, a in zip(picked, ANSWERS) for n, c in enumerate(row) if n != a for p in c]
+    absent = batch_of()["choices"].size - len(wrong)
+    unlikely = -(sum(np.log(1 - np.exp(p) + 1e-2) for p in wrong) + absent * np.log(1.01)) / len(wrong)
+    ranked = np.mean([by_numpy(*row)[2] for row in zip(picked, ANSWERS)])
+    np.testing.assert_allclose(loss, unlikely - np.mean(right) + ranked, rtol=1e-10)
+    (name,) = start
+    gradient = tree.flatten(jax.jit(jax.grad(loss_fn))(wide, batch_of()))[name]
+    moved = start[name].values - train.patch_of(state)[name].values
+    np.testing.assert_allclose(moved, gradient, rtol=1e-10)
 
 
 def test_a_certain_wrong_answer_has_finite_loss_and_gradient(model, params):

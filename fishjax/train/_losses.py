@@ -5,7 +5,7 @@ import jax.numpy as jnp
 
 from fishjax.models import Model
 from fishjax.train._choices import TokenScores, score_choices
-from fishjax.types import Array, Example, LossFn, Params
+from fishjax.types import Array, Batch, BatchLossFn, Example, LossFn, Params
 
 
 def tfew_loss(model: Model, *, unlikelihood: bool = True, length_normalised: bool = True) -> LossFn:
@@ -75,6 +75,35 @@ def length_normalised(scores: TokenScores) -> Array:
     """Return beta `[C]`: 1/T sum_t log p(y_t) of each choice; NaN without tokens, 0 for padding."""
     length = jnp.where(scores.valid, scores.keep.sum(-1), 1)
     return scores.log_p.sum(-1) / length.astype(scores.log_p.dtype)
+
+
+def legacy_tfew_loss(model: Model) -> BatchLossFn:
+    """Return `loss(params, batch)`, nats: the published code's three losses, of a whole batch.
+
+    For `make_step(..., batched=True)`, to repeat what was published; L_LN is the paper's.
+
+    Args:
+      model: as of `tfew_loss`, whose examples stacked are the batch.
+
+    References: the code of Liu et al. 2022, arXiv 2205.05638; where it leaves the paper, see
+    `legacy_lm_loss` and `legacy_unlikelihood_loss`.
+
+    >>> from fishjax import models
+    >>> sizes = {"vocab_size": 7, "d_model": 4, "d_kv": 2, "d_ff": 4, "num_layers": 1, "num_heads": 2}
+    >>> model = models.build({"model_type": "t5", **sizes})
+    >>> params = jax.tree.map(jnp.zeros_like, jax.jit(model.init)(jax.random.key(0)))
+    >>> batch = {"input_ids": jnp.array([[3]]), "choices": jnp.array([[[2], [4]]]), "answer": jnp.array([1])}
+    >>> round(float(jnp.exp(jax.jit(legacy_tfew_loss(model))(params, batch))), 3)  # 14 / (6/7 + 0.01) / 1.01
+    15.985
+    """
+    scores_of = score_choices(model)
+
+    def loss(params: Params, batch: Batch) -> Array:
+        scores, answers = jax.vmap(scores_of, (None, 0))(params, batch), jnp.asarray(batch["answer"])
+        terms = [f(scores.log_p, scores.keep, answers) for f in (legacy_lm_loss, legacy_unlikelihood_loss)]
+        return terms[0] + terms[1] + jax.vmap(length_normalised_loss)(scores, answers).mean()
+
+    return loss
 
 
 def legacy_lm_loss(log_p: Array, keep: Array, answers: Array) -> Array:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from fishjax import patches
-from fishjax.types import Array, Batch, LossFn, Params, Patch
+from fishjax.types import Array, Batch, BatchLossFn, LossFn, Params, Patch
 
 
 class TrainState(NamedTuple):
@@ -41,11 +41,12 @@ def patch_of(state: TrainState) -> Patch:
 
 
 def make_step(
-    loss_fn: LossFn,
+    loss_fn: LossFn | BatchLossFn,
     optimizer: optax.GradientTransformation,
     *,
     apply: Callable[[Params, Patch], Params] = patches.apply,
     over: tuple[str, ...] = (),
+    batched: bool = False,
 ) -> Step:
     """Return `step(state, params, batch) -> (state, loss)`, pure: jit it, donate the state if you like.
 
@@ -56,6 +57,7 @@ def make_step(
         low-rank products without forming a patched weight or a gradient of its size.
       over: axes of the mesh over which the examples are spread; they join the constraints in `loss_fn`
         (`mesh.constrain`).
+      batched: `loss_fn` is the loss of a whole batch (`legacy_tfew_loss`), in place of one example's.
 
     >>> loss = lambda params, example: (params["w"] * example["x"]).sum() ** 2
     >>> patch = {"w": patches.Sparse(jnp.array([1]), jnp.array([2.0]))}
@@ -66,7 +68,11 @@ def make_step(
     (4.0, Array([1.], dtype=float32))
     """
 
-    value_and_grad = jax.value_and_grad(mean_loss(loss_fn, apply, over))
+    def loss_of_batch(trainable, fixed, params, batch):
+        return loss_fn(apply(params, patches.combine(trainable, fixed)), batch)
+
+    loss_of = loss_of_batch if batched else mean_loss(loss_fn, apply, over)
+    value_and_grad = jax.value_and_grad(loss_of)
 
     def step(state, params, batch):
         loss, grads = value_and_grad(state.trainable, state.fixed, params, batch)
