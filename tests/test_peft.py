@@ -115,6 +115,26 @@ SIZES = {
         {"model_type": "llama", "vocab_size": 128256, "hidden_size": 3072, "intermediate_size": 8192}
         | {"num_hidden_layers": 28, "num_attention_heads": 24, "num_key_value_heads": 8, "head_dim": 128},
     ),
+    # Keys and values of each layer, and its inner activation.
+    "BERT-base": (
+        12 * (2 * 768 + 3072),
+        {"model_type": "bert", "vocab_size": 30522, "max_position_embeddings": 512, "hidden_size": 768}
+        | {"num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 3072},
+    ),
+    "Qwen3-1.7B": (
+        28 * (2 * 8 * 128 + 6144),
+        {"model_type": "qwen3", "vocab_size": 151936, "hidden_size": 2048, "intermediate_size": 6144}
+        | {"num_hidden_layers": 28, "num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 128},
+    ),
+    "Gemma-2-2B": (
+        26 * (2 * 4 * 256 + 9216),
+        {"model_type": "gemma2", "vocab_size": 256000, "hidden_size": 2304, "intermediate_size": 9216}
+        | {"num_hidden_layers": 26, "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256},
+    ),
+    "BLOOM-560m": (
+        24 * (2 * 1024 + 4 * 1024),
+        {"model_type": "bloom", "vocab_size": 250880, "hidden_size": 1024, "n_layer": 24, "n_head": 16},
+    ),
     "digits": (
         5 * (2 * 128 + 512),
         {"model_type": "fishjax_digits", "hidden_size": 128, "num_attention_heads": 4}
@@ -127,7 +147,7 @@ SIZES = {
 def test_the_paper_preset_trains_the_published_number_of_parameters(name):
     count, config = SIZES[name]
     model = models.build({**T5, **config})
-    make = lambda key: patches.init_ia3(model.init(key), targets="paper")
+    make = lambda key: patches.init_ia3(model.init(key), targets="paper", heads=config.get("n_head"))
     assert patches.num_parameters(jax.eval_shape(make, jax.random.key(0))) == count
 
 

@@ -86,6 +86,21 @@ def test_each_row_is_its_patch_alone(dtype, share, rows):
         assert patches.unfolded_report(model)(params, patches.select(stacked, TASKS), IDS) == []
 
 
+def test_rows_have_their_patches_over_weights_in_few_bits(x64):
+    params, made = base(jnp.float64), adapters(jnp.float64)[:2]
+    few = {n: leaves.quantised(x, "int8", name=n) if n in ("up", "down") else x for n, x in params.items()}
+    rounded = {n: leaves.array(x) for n, x in few.items()}
+    stacked, run = patches.stack(made), jax.jit(patches.unfolded(model))
+    chosen = lambda stacked: patches.Selected(stacked, jnp.array([1, 0, -1, 1, 0, 0]))
+    both = jax.value_and_grad(lambda s, w: jnp.sum(jnp.sin(run(w, chosen(s), IDS))), allow_int=True)
+    assert all(np.abs(rounded[n] - params[n]).max() > 1e-4 for n in ("up", "down"))
+    (loss, got), (want_loss, want) = jax.jit(both)(stacked, few), jax.jit(both)(stacked, rounded)
+    close(loss, want_loss, 1e-12)
+    floats = lambda tree: [x for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.floating)]
+    for x, y in zip(floats(got), floats(want), strict=True):
+        close(x, y, 1e-10)
+
+
 def test_the_weights_stay_unbatched_and_ids_do_not_compile_again():
     params, stacked = base(), patches.stack(adapters())
     count = 0
@@ -221,6 +236,24 @@ def test_bfloat16_and_sharded_batches():
     selected = patches.Selected(stacked, place(jnp.asarray(tasks, jnp.int32), "data"))
     got = run(sharded, selected, place(jnp.asarray(ids), "data"))
     close(np.asarray(got, np.float32), np.asarray(want, np.float32), 2**-6)
+
+
+def test_divided_weights_are_not_gathered():
+    params, patch = base(), adapters()[0] | {"embed": adapters()[4]["embed"]}
+    mesh = jax.make_mesh((2,), ("model",), axis_types=(jax.sharding.AxisType.Auto,))
+    where = {"up": (None, None, "model"), "bias": (None, "model"), "down": (None, "model", None)}
+    place = lambda n, x: jax.device_put(x, NamedSharding(mesh, PartitionSpec(*where.get(n, ()))))
+    loss = lambda patch, params: jnp.sum(jnp.sin(patches.unfolded(model)(params, patch, IDS)))
+    trainable, fixed = patches.partition(patch)
+    gradient = jax.jit(jax.grad(lambda t, params: loss(patches.combine(t, fixed), params)))
+    divided = gradient.lower(trainable, tree.map_named(place, params)).compile()
+    text = divided.as_text()
+    assert f"f32[{D},{F // 2}]" in text or f"f32[{L},{D},{F // 2}]" in text
+    moved = re.findall(r"= \(?(\w+\[[\d,]*\]).* (?:all-gather|all-to-all|collective-permute)\(", text)
+    sizes = [int(np.prod([int(n) for n in re.findall(r"\d+", m.split("[")[1])])) for m in moved]
+    assert max(sizes, default=0) < D * F // 2, moved
+    got, want = divided(trainable, tree.map_named(place, params)), gradient(trainable, params)
+    jax.tree.map(lambda a, b: close(np.asarray(a), np.asarray(b), 1e-5), got, want)
 
 
 def test_a_while_loop_keeps_the_factors(x64):
