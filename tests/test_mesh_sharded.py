@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 
-from fishjax import checkpoint, contribute, fisher, merge, mesh, models, patches, train
+from fishjax import checkpoint, contribute, fisher, masks, merge, mesh, models, patches, train, tree
 
 T5 = {
     "model_type": "t5",
@@ -144,6 +144,35 @@ def test_a_contributors_run_on_a_mesh_makes_the_patch_of_one_device(tmp_path):
     assert apart(apart_from_1(eight), apart_from_1(one)) < 1e-3  # Adam divides small gradients by themselves
     ids = [checkpoint.read_patch(tmp_path / n).base_id for n in ("one", "eight")]
     assert ids[0] == ids[1] and not (tmp_path / "eight.partial").exists()
+
+
+@pytest.mark.slow
+def test_a_mask_is_refreshed_on_a_mesh_as_on_one_device():
+    config = {
+        "model_type": "fishjax_digits",
+        "num_hidden_layers": 1,
+        "hidden_size": 8,
+        "intermediate_size": 16,
+    }
+    model = models.build(config)
+    base, rng = drawn(model, 0), np.random.default_rng(1)
+    rows = {"image": rng.random((16, 8, 8), np.float32), "label": rng.integers(0, 10, 16).astype(np.int32)}
+    choose = lambda params: masks.magnitude(params, density=0.1)
+
+    def fit(params):
+        start = patches.init_sparse(*mesh.gather((params, choose(params))))
+        options = {"steps": 6, "learning_rate": 0.3, "batch_size": 8}
+        return contribute.fit(start, params, model, rows, refresh=(choose, 3), **options)
+
+    on = mesh.make({"data": 2, "fsdp": 4})
+    alone, spread = fit(base), fit(mesh.shard(base, mesh.rules(model, on), on))
+    moved = lambda patch: tree.flatten(patches.apply(base, mesh.gather(patch)))
+    numbers = sum(int((x != y).sum()) for x, y in zip(moved(alone).values(), tree.flatten(base).values()))
+    assert numbers > sum(
+        int(x.sum()) for x in jax.tree.leaves(choose(base))
+    )  # the second mask is another one
+    for name, x in moved(alone).items():
+        np.testing.assert_allclose(moved(spread)[name], x, rtol=1e-5, atol=1e-6)
 
 
 def test_elementwise_merging_of_sharded_models_gathers_nothing():

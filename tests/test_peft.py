@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import re
 import shutil
 
 import jax
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from fishjax import checkpoint, models, patches, tree
+from fishjax import checkpoint, masks, models, patches, tree
 from fishjax.errors import FileFormatError, StructureError, UsageError
 from fishjax.patches import _presets
 
@@ -59,6 +60,23 @@ def test_round_trip_keeps_every_bit_and_what_it_means(adapter, tmp_path):
     for name in patch:
         assert jax.tree.structure(again[name]) == jax.tree.structure(patch[name])
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), again[name], patch[name])
+
+
+def test_a_mask_of_r_m_plus_n_entries_is_a_shira_adapter(tmp_path):
+    model, params, batch = load("llama3")
+    names, flat = re.compile(r"self_attn\.[qv]_proj\.weight$"), tree.flatten(params)
+    scores = {n: np.abs(np.asarray(x)) for n, x in flat.items() if names.search(n)}
+    kept = masks.indices(scores, rank=2)
+    assert all(kept[n].size == 2 * sum(x.shape) for n, x in scores.items())
+    values = {n: np.asarray(flat[n]).reshape(-1)[at] + np.float32(0.25) for n, at in kept.items()}
+    patch = {n: patches.Sparse(jnp.asarray(at, jnp.int32), jnp.asarray(values[n])) for n, at in kept.items()}
+    checkpoint.save_peft(tmp_path / "out", patch, model, params=params)
+    config = json.loads((tmp_path / "out" / CONFIG).read_text())
+    assert (config["peft_type"], config["r"]) == ("SHIRA", 2)
+    again = checkpoint.load_peft(tmp_path / "out", model, params)
+    logits = jax.jit(lambda patch: model.apply(patches.apply(params, patch), batch))
+    np.testing.assert_allclose(logits(again), logits(patch), atol=1e-6)
+    assert np.abs(logits(patch) - model.apply(params, batch)).max() > 1e-3
 
 
 def test_what_the_written_config_says(tmp_path):
