@@ -32,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     import logging
 
-    from fishjax.errors import UsageError
+    from fishjax.errors import FishjaxError, UsageError
 
     try:
         import gin
@@ -52,4 +52,14 @@ def run(args: argparse.Namespace) -> None:
         contribute = gin.get_configurable("contribute.run")
     except (ValueError, OSError, SyntaxError, AttributeError, ImportError) as error:
         raise UsageError(f"the gin configuration is wrong: {' '.join(str(error).split())}") from None
-    print(contribute())
+    try:
+        print(contribute())
+    except (FishjaxError, OSError) as error:
+        raise _without_gin(error) from None
+
+
+def _without_gin(error: BaseException) -> BaseException:
+    """Return the error itself: gin raises a stand-in, without a file's name, for each function on the way."""
+    while "In call to configurable" in str(error) and error.__context__ is not None:
+        error = error.__context__
+    return error
