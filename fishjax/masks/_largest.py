@@ -134,7 +134,7 @@ def _gather(
             where = np.arange(part.size)
         else:  # what is not less, so that NaN is kept, and seen
             short = (np.less_equal if beyond else np.less)(part, bound, out=bits[: part.size])
-            where = _true(np.logical_not(short, out=short))
+            where = np.flatnonzero(np.logical_not(short, out=short))
         if not where.size:
             continue
         values = part[where]
@@ -146,17 +146,6 @@ def _gather(
             bound, beyond = best.values.min(), in_order  # whoever comes later loses every tie
             kept, held = [best], count
     return _join(kept, dtype)
-
-
-def _true(bits: np.ndarray) -> np.ndarray:
-    """Return `np.flatnonzero(bits)`; where few are set, eight that are not are passed over at once."""
-    whole = bits.size - bits.size % 8
-    if np.count_nonzero(bits) > bits.size // 16:
-        return np.flatnonzero(bits)
-    words = np.flatnonzero(bits[:whole].view(np.uint64) != 0)
-    at = np.flatnonzero(bits[:whole].reshape(-1, 8)[words])
-    found = 8 * words[at >> 3] + (at & 7)
-    return np.concatenate([found, whole + np.flatnonzero(bits[whole:])]) if whole < bits.size else found
 
 
 def _best(found: Found, count: int) -> Found:
