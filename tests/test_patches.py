@@ -250,3 +250,25 @@ def test_targets_that_do_not_fit_are_refused(key):
         patches.init_dense(base, "^n$")
     with pytest.raises(UsageError, match="keeps no entry"):
         patches.init_sparse(base, jax.tree.map(lambda x: jnp.zeros(x.shape, bool), base))
+
+
+@pytest.mark.soak
+def test_a_leaf_of_more_than_2_to_the_31_entries_is_patched(x64):
+    """11 GB of memory, for a minute."""
+    weight = jnp.zeros((2**19 + 1, 4096), jnp.float8_e4m3fn)
+    places = np.array([5, 2**31 - 1, 2**31 + 7])
+    mask = np.zeros(weight.shape, bool)
+    mask.reshape(-1)[places] = True
+    start = patches.init_sparse({"w": weight}, {"w": mask})["w"]
+    assert start.indices.dtype == jnp.int64
+    patch = {"w": patches.Sparse(start.indices, jnp.array([1.0, 2.0, 3.0], jnp.float32))}
+    for apply in (patches.apply, jax.jit(patches.apply)):
+        flat = np.asarray(apply({"w": weight}, patch)["w"]).reshape(-1)
+        np.testing.assert_array_equal(np.flatnonzero(flat.view(np.uint8)), places)
+        assert flat[places].tolist() == [1, 2, 3]
+
+
+def test_without_64_bits_a_leaf_of_that_size_is_refused_with_advice():
+    patch = {"w": patches.Sparse(jnp.array([5]), jnp.array([1.0]))}
+    with pytest.raises(StructureError, match=r"`w`.*2147487744 entries.*JAX_ENABLE_X64=1, or apply .* file"):
+        patches.check({"w": jax.ShapeDtypeStruct((2**19 + 1, 4096), jnp.float32)}, patch)

@@ -5,7 +5,7 @@ import numpy as np
 
 from fishjax import tree
 from fishjax.patches._dense import Dense
-from fishjax.patches._sparse import Sparse
+from fishjax.patches._sparse import Sparse, index_dtype
 from fishjax.types import Mask, Params, Patch
 
 
@@ -39,11 +39,11 @@ def diff(base: Params, tuned: Params, *, mask: Mask | None = None) -> Patch:
         where = np.flatnonzero(changed)
         if not where.size:
             continue
-        item = np.dtype(old.dtype).itemsize
-        sparse = where.size * (item + 4) < old.size * item and old.size <= np.iinfo(np.int32).max
+        item, dtype = np.dtype(old.dtype).itemsize, np.dtype(index_dtype(old.size))
+        sparse = where.size * (item + dtype.itemsize) < old.size * item and old.size <= np.iinfo(dtype).max
         if sparse:
             values = np.asarray(new[name]).reshape(-1)[where]
-            patch[name] = Sparse(jnp.asarray(where.astype(np.int32)), jnp.asarray(values))
+            patch[name] = Sparse(jnp.asarray(where.astype(dtype)), jnp.asarray(values))
         else:
             patch[name] = Dense(jnp.where(changed, new[name], old))
     return patch

@@ -12,21 +12,22 @@ from fishjax import tree
 from fishjax.errors import StructureError, UsageError
 from fishjax.types import Array, Mask, Params
 
+_ADVICE = "more than 32 bits count; set JAX_ENABLE_X64=1, or apply the patch from file to file"
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Sparse:
     """New values (not differences: in bfloat16 1 + 0.001 is 1) at flat positions of a leaf."""
 
-    indices: Array  # int32 [N], strictly increasing positions in C order
+    indices: Array  # int32, int64 for 2^31 entries and more, [N]: increasing positions in C order
     values: Array  # [N], the new entries; kept in float32 while a bfloat16 leaf is trained
 
     def problem(self, name: str, leaves: Mapping[str, Array]) -> str | None:
         """Return why this does not fit the leaf, or None; contents only when they are concrete."""
         size = leaves[name].size
-        config: Any = jax.config
-        if size > np.iinfo(np.int32).max and not config.jax_enable_x64:
-            return f"it has {size} entries, more than 32 bits count; apply the patch from file to file"
+        if size > np.iinfo(index_dtype(size)).max:
+            return f"it has {size} entries, {_ADVICE}"
         if self.indices.ndim != 1 or self.indices.shape != self.values.shape:
             return (
                 f"{tree.describe(self.indices)} indices and {tree.describe(self.values)} values do not pair"
@@ -81,12 +82,19 @@ def init_sparse(params: Params, mask: Mask) -> dict[str, Sparse]:
         where = np.flatnonzero(kept)
         if where.size and not tree.is_inexact(weight):
             raise StructureError(f"only floating-point leaves can be trained; `{name}` is {weight.dtype}")
-        if where.size and weight.size > np.iinfo(np.int32).max:
-            raise StructureError(f"`{name}` has {weight.size} entries; sparse patches hold at most 2^31 - 1")
+        dtype = index_dtype(weight.size)
+        if where.size and weight.size > np.iinfo(dtype).max:
+            raise StructureError(f"`{name}` has {weight.size} entries, {_ADVICE}")
         if where.size:
             values = np.asarray(weight).reshape(-1)[where]  # on the host: no program to compile for each leaf
             values = values.astype(tree.wide_dtype(values.dtype))  # of bfloat16 leaves: float32 masters
-            patch[name] = Sparse(jnp.asarray(where.astype(np.int32)), jnp.asarray(values))
+            patch[name] = Sparse(jnp.asarray(where.astype(dtype)), jnp.asarray(values))
     if not patch:
         raise UsageError("`mask` keeps no entry; a patch must train something")
     return patch
+
+
+def index_dtype(size: int) -> Any:
+    """Return the dtype that counts so many entries, as far as jax has it."""
+    config: Any = jax.config
+    return jnp.int64 if size > np.iinfo(np.int32).max and config.jax_enable_x64 else jnp.int32
