@@ -2,7 +2,7 @@
 
 Command:   python -m experiments.tfew --gin_file configs/tfew/small.gin      (goes on where it was stopped)
 Time:      15 minutes on one core; learning rates (configs/tfew/rates.gin) 8 more.
-Expected:  experiments/RESULTS.md: zero-shot near chance, (IA)^3 and full fine-tuning 67 %, FISH 67 %, LoRA 64 %.
+Expected:  experiments/RESULTS.md: zero-shot near chance; (IA)^3, full fine-tuning and FISH 67 %, LoRA 64 %.
 
 A small T5 learns Python's docstrings (spans cut out), then a mixture of tasks with templates; (IA)^3 vectors
 are pre-trained on that mixture. Few shots of each held-out task then train a patch; accuracy is that of rank
