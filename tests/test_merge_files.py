@@ -3,6 +3,7 @@
 import inspect
 import json
 import os
+import pathlib
 import resource
 import signal
 import subprocess
@@ -14,7 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fishjax import checkpoint, errors, merge, tree
+import fishjax
+from fishjax import checkpoint, errors, merge, patches, tree
 from fishjax.merge import _output
 from fishjax.merge._select import Ranking
 from fishjax.merge._statistics import GRAIN
@@ -420,12 +422,65 @@ def test_bad_input_is_refused_before_anything_is_written(world, tmp_path):
     assert not list(tmp_path.glob("out*"))
 
 
-def test_estimate(world, tmp_path):
+MEASURED = """
+import json, sys
+from fishjax import merge
+def proc(file, word):
+    return next(int(line.split()[1]) for line in open(f"/proc/self/{file}") if line.startswith(word))
+now = lambda: [proc("io", "rchar"), proc("io", "wchar"), 1024 * proc("status", "VmHWM")]
+method, inputs, out, options = json.loads(sys.argv[1])
+told, start = merge.estimate(method, inputs, out=out, **options), now()
+merge.files(method, inputs, out, **options)
+assert "jax" not in sys.modules
+print(json.dumps([told, [b - a for a, b in zip(start, now())]]))
+"""
+
+
+def test_a_dry_run_tells_what_is_read_written_and_held(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    rng = np.random.default_rng(0)
+    models = [
+        {f"w{j}": rng.standard_normal((1024, 1024)).astype(np.float32) for j in range(3)} for _ in range(3)
+    ]
+    for i, model in enumerate(models):
+        checkpoint.save_params(f"m{i}", model)
+        checkpoint.save_fisher(f"f{i}", jax.tree.map(abs, model), metadata={})
+    (tmp_path / "m0" / "config.json").write_text(" " * 500_000)
+    few = np.sort(rng.choice(1 << 20, 50_000, replace=False)).astype(np.int32)
+    for i, sign in enumerate((1, -1)):
+        change = {"w1": patches.Sparse(few, models[1]["w1"].reshape(-1)[few] + np.float32(sign))}
+        checkpoint.save_patch(f"p{i}", change, base=models[0])
+    cases = {
+        "folders": ("average", ["m1", "m0"], "o1", {}),
+        "a file": ("average", ["m0", "m1", "m2"], "o2.safetensors", {}),
+        "without digests": ("average", ["m0", "m1"], "o3", {"digests": False}),
+        "Fishers": ("fisher", ["m0", "m1"], "o4", {"fishers": ["f0", "f1"], "normalize": True}),
+        "sums": ("dare", ["m1", "m2"], "o5", {"base": "m0", "density": 0.3, "rescale": "l1"}),
+        "ranks": ("ties", ["m1", "m2"], "o6", {"base": "m0", "density": 0.3, "scope": "tensor"}),
+        "patches": ("average", ["p0", "p1"], "o7", {"base": "m0"}),
+    }
+    env = {**os.environ, "PYTHONPATH": str(pathlib.Path(fishjax.__file__).parents[1])}
+    for case, arguments in cases.items():
+        command = [sys.executable, "-c", MEASURED, json.dumps(arguments)]
+        done = subprocess.run(command, capture_output=True, text=True, env=env)
+        assert done.returncode == 0, done.stderr
+        (read, write, memory), took = json.loads(done.stdout)
+        assert took[0] == pytest.approx(read, rel=0.02), case
+        assert took[1] == pytest.approx(write, rel=0.02), case
+        assert took[2] == pytest.approx(memory, rel=0.3), case
+
+
+def test_a_dry_run_writes_nothing(world, tmp_path, monkeypatch):
     trees, paths = world()
+    checkpoint.save_patch(
+        tmp_path / "p", {"b.one": patches.Dense(np.ones(1, np.float32))}, base=trees["base"]
+    )
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    before = {p: p.stat().st_mtime_ns for p in [tmp_path, *tmp_path.iterdir()]}
+    monkeypatch.setattr(os, "pwrite", None)
+    cost = merge.estimate("average", [tmp_path / "p", paths["models"][0]], base=paths["base"])
     size = sum(x.nbytes for x in jax.tree.leaves(trees["base"]))
-    once = merge.estimate("average", paths["models"])
-    twice = merge.estimate("ties", paths["models"], base=paths["base"], density=0.5)
-    assert (once.read, once.write) == (2 * size, size)
-    floats = size - trees["base"]["ids"].nbytes
-    assert twice.read == 2 * 3 * floats + 2 * trees["base"]["ids"].nbytes
-    assert 0 < once.memory < twice.memory < 100e6
+    # The merge reads both models, the digests of output, base and other model the like; the patch is
+    # hashed, and so is the leaf that it is for.
+    assert cost.read == 5 * size + (tmp_path / "p").stat().st_size + 4 and cost.write == size
+    assert {p: p.stat().st_mtime_ns for p in [tmp_path, *tmp_path.iterdir()]} == before

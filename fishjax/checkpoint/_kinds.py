@@ -77,6 +77,48 @@ def fold(name: str, change: Change, target: str, weight: np.ndarray) -> np.ndarr
     return np.asarray(kind.fold(name, {target: weight})[target])
 
 
+def rows(name: str, change: Change, target: str, shape: tuple[int, ...], first: int, last: int) -> Change:
+    """Return what an entry does to rows `first` to `last` of a leaf, as an entry for those rows alone.
+
+    A row is the last axis (of a vector one number), all others are counted through. Folded into
+    the rows, under the name `target`, it gives the bits that the whole entry gives the leaf there.
+
+    Args:
+      target, shape: the leaf, one of those that the entry touches.
+
+    >>> change = Change("sparse", {"indices": np.array([1, 5]), "values": np.array([9.0, 8.0])}, {})
+    >>> rows("w", change, "w", (3, 2), 2, 3).arrays
+    {'indices': array([1]), 'values': array([8.])}
+    """
+    arrays, static, width = change.arrays, change.static, math.prod(shape[1:][-1:])
+    if change.kind in ("sparse", "delta"):
+        begin, end, new = first * width, last * width, dict(arrays)
+        if (indices := arrays.get("indices")) is not None:
+            begin, end = np.searchsorted(indices, np.array([begin, end], indices.dtype))
+            new["indices"] = indices[begin:end] - indices.dtype.type(first * width)
+        if change.kind == "sparse":
+            return Change("sparse", {**new, "values": arrays["values"][begin:end]}, static)
+        each = arrays["scales"][np.arange(begin, end) // static["block"]]
+        return Change("delta", {**new, "codes": arrays["codes"][begin:end], "scales": each}, {"block": 1})
+    if change.kind == "scale":
+        fused, vector = static.get("fused"), arrays["vector"]
+        vector = vector if fused is None else _spread(vector, fused)
+        vector = vector if target == name else vector.reshape(dict(static["tied"])[target])
+        return Change("scale", {"vector": _rows(vector, shape, first, last)}, {})
+    if change.kind in ("dense", "low_rank"):
+        return Change(change.kind, {f: _rows(x, shape, first, last) for f, x in arrays.items()}, static)
+    raise FileFormatError(f"`{name}` is patched by kind `{change.kind}`, which has no meaning row by row")
+
+
+def _rows(x: np.ndarray, shape: tuple[int, ...], first: int, last: int) -> np.ndarray:
+    """Return rows of what spans some axes of a leaf and is 1 along the others; more axes may follow."""
+    counted = shape[:-1] or shape
+    if x.shape[: len(counted)] == (1,) * len(counted):
+        return x.reshape(1, *x.shape[len(counted) :])
+    places = np.unravel_index(np.arange(first, last), counted)
+    return x[tuple(np.minimum(place, n - 1) for place, n in zip(places, x.shape))]
+
+
 def _check_dense(name: str, specs: Mapping[str, Spec], values: np.ndarray) -> str | None:
     if values.shape != specs[name].shape:
         return f"its values have shape {list(values.shape)}, the leaf {list(specs[name].shape)}"

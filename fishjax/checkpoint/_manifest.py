@@ -60,20 +60,28 @@ def read_sealed(path: str | os.PathLike, format: str | None = None) -> Sealed:
       FileFormatError: it is malformed, corrupt, of another format or of a later version.
     """
     with open_file(path, sealed=True) as file:
-        try:
-            manifest = json.loads(file.metadata[KEY], object_pairs_hook=unique, parse_constant=no_number)
-        except (KeyError, ValueError, RecursionError) as error:
-            raise FileFormatError(f"`{path}` has no readable `{KEY}` manifest: {error}") from None
-        if type(manifest) is not dict or manifest.get("version") != VERSION:
-            got = manifest.get("version") if type(manifest) is dict else manifest
-            raise FileFormatError(
-                f"`{path}` has a manifest of version {str(got)[:40]}, this fishjax reads version {VERSION}"
-            )
-        if format is not None and manifest.get("format") != format:
-            raise FileFormatError(
-                f"`{path}` is a {str(manifest.get('format'))[:40]} file; wanted a {format} file"
-            )
+        manifest = read_manifest(path, file.metadata, format)
         return Sealed(manifest, file.read_all(), f"sha256:{file.metadata[SEAL]}")
+
+
+def read_manifest(
+    path: str | os.PathLike, metadata: Mapping[str, str], format: str | None = None
+) -> dict[str, Any]:
+    """Return the manifest in a file's metadata; see `read_sealed`, which also checks the file's bytes."""
+    try:
+        manifest = json.loads(metadata[KEY], object_pairs_hook=unique, parse_constant=no_number)
+    except (KeyError, ValueError, RecursionError) as error:
+        raise FileFormatError(f"`{path}` has no readable `{KEY}` manifest: {error}") from None
+    if type(manifest) is not dict or manifest.get("version") != VERSION:
+        got = manifest.get("version") if type(manifest) is dict else manifest
+        raise FileFormatError(
+            f"`{path}` has a manifest of version {str(got)[:40]}, this fishjax reads version {VERSION}"
+        )
+    if format is not None and manifest.get("format") != format:
+        raise FileFormatError(
+            f"`{path}` is a {str(manifest.get('format'))[:40]} file; wanted a {format} file"
+        )
+    return manifest
 
 
 def is_sealed(metadata: Mapping[str, str]) -> bool:

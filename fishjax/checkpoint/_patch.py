@@ -209,14 +209,10 @@ def read_patch(path: str | os.PathLike, *, check_finite: bool = True, lazy: bool
     for tensor, array in tensors.items():
         name, _, field = tensor.rpartition("::")
         fields.setdefault(name, {})[field] = array
-    specs: dict[str, Spec] = {}
-    base_digests: dict[str, Digest] = {}
-    for name, leaf in take(path, manifest, "touched", dict).items():
-        dtype = take(path, leaf, "dtype", str, f"`{name}`")
-        if dtype not in DTYPES:
-            raise FileFormatError(f"`{path}`: base leaf `{name}` has the unknown dtype {dtype[:40]!r}")
-        specs[name] = Spec(DTYPES[dtype], take_shape(path, leaf, f"`{name}`"))
-        base_digests[name] = _digest(path, take(path, leaf, "digest", str, f"`{name}`"))
+    specs = touched_specs(path, manifest)
+    base_digests = {
+        n: _digest(path, take(path, leaf, "digest", str, f"`{n}`")) for n, leaf in manifest["touched"].items()
+    }
     results = {n: _digest(path, d) for n, d in take(path, manifest, "results", dict).items()}
     changes: dict[str, Change] = {}
     used: set[str] = set()
@@ -259,6 +255,17 @@ def read_patch(path: str | os.PathLike, *, check_finite: bool = True, lazy: bool
     metadata = take(path, manifest, "metadata", dict)
     lossy = take(path, manifest, "lossy", dict) if "lossy" in manifest else None
     return PatchFile(changes, specs, base_id, base_digests, results, metadata, digest, known_at, lossy)
+
+
+def touched_specs(path: str | os.PathLike, manifest: Mapping[str, Any]) -> dict[str, Spec]:
+    """Return what a patch file's manifest says of the base leaves that it changes."""
+    specs: dict[str, Spec] = {}
+    for name, leaf in take(path, manifest, "touched", dict).items():
+        dtype = take(path, leaf, "dtype", str, f"`{name}`")
+        if dtype not in DTYPES:
+            raise FileFormatError(f"`{path}`: base leaf `{name}` has the unknown dtype {dtype[:40]!r}")
+        specs[name] = Spec(DTYPES[dtype], take_shape(path, leaf, f"`{name}`"))
+    return specs
 
 
 def load_precision(path: str | os.PathLike) -> dict[str, np.ndarray]:

@@ -51,12 +51,13 @@ def run(args: argparse.Namespace) -> None:
     if args.method is None and args.paths and Path(args.paths[0]).suffix in (".yaml", ".yml"):
         _refuse_options(args)
         recipe, *rest = args.paths
-        if args.dry_run:
-            _report(merge.estimate_recipe(recipe)._asdict(), args.json)
-            return
         out, *more = [*rest, *([args.out] if args.out else [])] or [None]
-        if out is None or more:
+        if more or (out is None and not args.dry_run):
             raise UsageError("a recipe wants one output: RECIPE.yaml OUT")
+        if args.dry_run:
+            cost = merge.estimate_recipe(recipe, out, digests=not args.no_digests)
+            _report(cost._asdict(), args.json)
+            return
         digest = merge.run_recipe(recipe, out, digests=not args.no_digests)
         _report({"out": out, "digest": digest}, args.json)
         return
@@ -65,12 +66,13 @@ def run(args: argparse.Namespace) -> None:
     if not args.paths:
         raise UsageError("give the models to merge")
     options = _options(args)
+    options |= {"digests": not args.no_digests}
     if args.dry_run:
-        _report(merge.estimate(args.method, args.paths, **options)._asdict(), args.json)
+        _report(merge.estimate(args.method, args.paths, out=args.out, **options)._asdict(), args.json)
         return
     if args.out is None:
         raise UsageError("give --out")
-    digest = merge.files(args.method, args.paths, args.out, digests=not args.no_digests, **options)
+    digest = merge.files(args.method, args.paths, args.out, **options)
     _report({"out": args.out, "digest": digest}, args.json)
 
 

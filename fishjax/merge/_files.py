@@ -8,16 +8,17 @@ from typing import Any
 
 import numpy as np
 
-from fishjax.checkpoint import read_patch
 from fishjax.checkpoint._digest import root
 from fishjax.checkpoint._safetensors import open_file
+from fishjax.merge._blocks import Tensor, hash_tensor
 from fishjax.merge._card import model_card
+from fishjax.merge._cost import Cost, cost
 from fishjax.merge._output import Output, carry, refuse_inputs, write_texts
-from fishjax.merge._plan import Cost, File, Job, cost, key_of, open_tensors, plan
+from fishjax.merge._plan import File, Job, key_of, open_tensors, plan
 from fishjax.merge._rule import Rule
-from fishjax.merge._stream import BLOCK, THREADS, Engine, Piece, hash_tensor
+from fishjax.merge._stream import BLOCK, THREADS, Engine, Piece
 from fishjax.merge._trees import Keep
-from fishjax.merge._unpack import is_patch
+from fishjax.merge._unpack import Patch, Patched, check_patches, is_patch
 from fishjax.progress import track
 from fishjax.types import Digest
 
@@ -38,6 +39,8 @@ def files(
     **options: Any,
 ) -> Digest:
     """Merge models on disk; memory is a few blocks a thread, whatever their size. Needs no jax.
+
+    Patches are folded block by block as they are read; their positions stay in memory meanwhile.
 
     The result is the same bits whatever `block` and `threads` are. A merge that was killed is resumed
     by calling it again: `OUT.partial/` holds what was written and a journal of it.
@@ -98,14 +101,22 @@ def estimate(
     base: File | None = None,
     keep: Keep | None = None,
     dtype: Any = None,
+    out: File | None = None,
+    digests: bool = True,
     block: int = BLOCK,
     threads: int = THREADS,
     **options: Any,
 ) -> Cost:
-    """Return what `files` would read, write and hold with the same arguments; reads headers only."""
+    """Return what `files` would read, write and hold with the same arguments; reads headers only.
+
+    Without `out`, the output is taken for a folder.
+    """
     with ExitStack() as stack:
         jobs = plan(stack, method, inputs, base=base, keep=keep, dtype=dtype, **options)
-        return cost(jobs, rules(), block, threads)
+        sources = [*inputs, *([base] if base is not None else [])]
+        more: dict[str, Any] = {"digests": digests, "block": block, "threads": threads}
+        near = list(_paths(options))
+        return cost(jobs, rules(), out=out, sources=sources, beside=near, carried=sources[-1], **more)
 
 
 def run_jobs(
@@ -133,9 +144,7 @@ def run_jobs(
     engine = Engine(jobs, rules(), block=block, threads=threads)
     output = None
     try:
-        sealed = sorted({t.path for job in jobs for _, t in job.inputs() if t.sealed})
-        for file in engine.map(lambda path: open_file(path, sealed=True), sealed):
-            file.close()  # its checksum was right
+        _check(engine)
         output = Output(out, {j.name: j.spec for j in jobs}, key_of(jobs, block=engine.block, out=str(out)))
         pieces = engine.pieces()
         if "measured" in output.state:
@@ -154,9 +163,9 @@ def run_jobs(
         digest = _digest(engine, output.tensors) if digests else ""
         if not output.is_file:
             read = [*sources, *beside]
-            ids = [_identity(engine, path) for path in read] if digests else [""] * len(read)
+            ids = {path: _identity(engine, path) if digests else "" for path in dict.fromkeys(read)}
             carry(Path(carried), output.partial, **(config or {}))
-            named = [(os.fspath(path), id) for path, id in zip(read, ids, strict=True)]
+            named = [(os.fspath(path), ids[path]) for path in read]
             models, near = named[: len(sources)], named[len(sources) :]
             write_texts(output.partial, model_card(recipe, models, digest, beside=near))
         output.finish()
@@ -172,6 +181,15 @@ def run_jobs(
             output.close()
 
 
+def _check(engine: Engine) -> None:
+    """Read whatever carries a checksum, and the bases that patches are for, before anything is merged."""
+    inputs = [t for job in engine.jobs for _, t in job.inputs()]
+    sealed = sorted({t.path for t in inputs if isinstance(t, Tensor) and t.sealed})
+    for file in engine.map(lambda path: open_file(path, sealed=True), sealed):
+        file.close()  # its checksum was right
+    check_patches([t for t in inputs if isinstance(t, Patched)], engine.map)
+
+
 def _digest(engine: Engine, tensors: Mapping[str, Any]) -> Digest:
     names = sorted(tensors)
     hashed = engine.map(lambda name: hash_tensor(name, tensors[name]), names)
@@ -181,7 +199,7 @@ def _digest(engine: Engine, tensors: Mapping[str, Any]) -> Digest:
 def _identity(engine: Engine, path: File) -> Digest:
     """Return the content id of a model, or the digest that a patch file carries of itself."""
     if is_patch(path):
-        return read_patch(path).digest
+        return Patch(path).digest
     with ExitStack() as stack:
         return _digest(engine, open_tensors(stack, path))
 

@@ -166,13 +166,23 @@ def carry(source: Path, folder: Path, *, layers: int | None = None, dtype: str |
       layers: how many layers the configuration is to name, where it is another number.
       dtype: what it is to name as dtype.
     """
-    for path in sorted(source.iterdir()) if source.is_dir() else []:
-        plain = path.is_file() and inside(path, source) and not path.name.startswith(".")
-        text = path.suffix in (".json", ".txt", ".model", ".jinja")
-        if plain and text and not path.name.endswith(".index.json"):
-            shutil.copyfile(path, folder / path.name)
+    for path in carried_files(source):
+        shutil.copyfile(path, folder / path.name)
     if (folder / CONFIG).exists():
         rewrite(folder / CONFIG, layers=layers, dtype=dtype)
+
+
+def carried_files(source: Path) -> list[Path]:
+    """Return a model folder's small files, but for its index and links out of it; of a file none."""
+    return [
+        path
+        for path in (sorted(source.iterdir()) if source.is_dir() else [])
+        if path.suffix in (".json", ".txt", ".model", ".jinja")
+        and not path.name.startswith(".")
+        and not path.name.endswith(".index.json")
+        and path.is_file()
+        and inside(path, source)
+    ]
 
 
 def refuse_inputs(out: str | os.PathLike, inputs: Iterable[str | os.PathLike]) -> None:

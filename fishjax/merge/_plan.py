@@ -3,7 +3,6 @@
 import hashlib
 import inspect
 import json
-import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -14,14 +13,13 @@ import numpy as np
 
 from fishjax import tree
 from fishjax.checkpoint import open_params
-from fishjax.checkpoint._dtypes import Spec, num_bytes
+from fishjax.checkpoint._dtypes import Spec
 from fishjax.checkpoint._manifest import is_sealed
 from fishjax.errors import StructureError, UsageError
-from fishjax.merge._blocks import Tensor
+from fishjax.merge._blocks import Readable, Tensor
 from fishjax.merge._rule import Options, Rule, is_inexact, wants_sums
-from fishjax.merge._select import SAMPLE
 from fishjax.merge._trees import Keep, check_models, kept_leaves
-from fishjax.merge._unpack import folded_file, is_patch
+from fishjax.merge._unpack import is_patch, open_patch
 
 File = str | os.PathLike
 
@@ -32,12 +30,12 @@ class Job(NamedTuple):
     name: str
     spec: Spec
     rule: str  # a method's name; "copy": the first model's bytes, which all models must have
-    models: Sequence[Tensor]
-    base: Tensor | None = None
-    beside: Mapping[str, Sequence[Tensor]] = MappingProxyType({})
+    models: Sequence[Readable]
+    base: Readable | None = None
+    beside: Mapping[str, Sequence[Readable]] = MappingProxyType({})
     options: Mapping[str, Any] = MappingProxyType({})
 
-    def inputs(self) -> Iterator[tuple[Any, Tensor]]:
+    def inputs(self) -> Iterator[tuple[Any, Readable]]:
         """Yield every tensor that is read, with a name for its buffer."""
         yield from enumerate(self.models)
         if self.base is not None:
@@ -48,14 +46,6 @@ class Job(NamedTuple):
     def wants_sums(self, rule: Rule) -> bool:
         """Say whether anything must be added up over the tensor beforehand."""
         return wants_sums(rule, len(self.models), {w: len(ts) for w, ts in self.beside.items()}, self.options)
-
-
-class Cost(NamedTuple):
-    """What a merge of files will take."""
-
-    read: int  # bytes, all passes
-    write: int  # bytes
-    memory: int  # bytes beyond the interpreter, about
 
 
 def open_tensors(stack: ExitStack, path: File) -> dict[str, Tensor]:
@@ -70,17 +60,26 @@ def open_tensors(stack: ExitStack, path: File) -> dict[str, Tensor]:
     return tensors
 
 
-def open_input(stack: ExitStack, path: File, base: File | None) -> dict[str, Tensor]:
-    """Open a model; of a patch only what it changes is its own, the rest is the base's.
+def open_inputs(
+    stack: ExitStack, paths: Sequence[File], base: File | None
+) -> tuple[list[Mapping[str, Readable]], bool]:
+    """Open models; of a patch only what it changes is its own, the rest is the base's.
+
+    Returns:
+      The models, and whether there are patches among them.
 
     Raises:
       UsageError: a patch without a base.
     """
-    if not is_patch(path):
-        return open_tensors(stack, path)
-    if base is None:
-        raise UsageError(f"`{path}` is a patch; give the `base` that it is for")
-    return open_tensors(stack, base) | open_tensors(stack, folded_file(stack, path, base))
+    patched = [path for path in paths if is_patch(path)]
+    if patched and base is None:
+        raise UsageError(f"`{patched[0]}` is a patch; give the `base` that it is for")
+    origin = open_tensors(stack, base) if patched and base is not None else {}
+    models: list[Mapping[str, Readable]] = [
+        {**origin, **open_patch(path, origin)} if path in patched else open_tensors(stack, path)
+        for path in paths
+    ]
+    return models, bool(patched)
 
 
 def find_rule(method: str | Callable[..., Any]) -> tuple[str, Rule]:
@@ -131,7 +130,7 @@ def plan(
     name, rule = find_rule(method)
     near = {word: given.pop(word, None) for word in rule.beside}
     options = rule.check(len(inputs), **full_options(name, rule, given))
-    models = [open_input(stack, path, base) for path in inputs]
+    models, patched = open_inputs(stack, inputs, base)
     kept = kept_leaves(models, keep)
     merged = [{n: t for n, t in model.items() if n not in kept} for model in models]
     check_models([_specs(m) for m in merged])
@@ -139,7 +138,7 @@ def plan(
     wanted = {n: merged[0][n] for n in inexact}
     if rule.needs_base and base is None:
         raise UsageError(f"`base` must be given: `{name}` merges what the models changed")
-    if base is not None and not rule.needs_base and not any(map(is_patch, inputs)):
+    if base is not None and not rule.needs_base and not patched:
         raise UsageError(f"`base` is given, and `{name}` has no use for one")
     origin = _beside(stack, base, wanted, "base") if base is not None and rule.needs_base else {}
     beside = {word: _near(stack, word, paths, len(inputs), wanted) for word, paths in near.items()}
@@ -156,49 +155,35 @@ def plan(
 
 def key_of(jobs: Sequence[Job], **more: Any) -> str:
     """Return a digest of everything that the output depends on; inputs count by inode, size and time."""
-    seen: dict[int, list[int]] = {}
-
-    def identity(t: Tensor) -> list[Any]:
-        if t.fd not in seen:
-            found = os.fstat(t.fd)
-            seen[t.fd] = [found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns]
-        return [*seen[t.fd], t.start, str(t.spec)]
-
     text = [
         [
             j.name,
             str(j.spec),
             j.rule,
             repr(dict(j.options)),
-            [[str(slot), identity(t)] for slot, t in j.inputs()],
+            [[str(slot), t.identity()] for slot, t in j.inputs()],
         ]
         for j in jobs
     ]
     return hashlib.sha256(json.dumps([text, more], sort_keys=True).encode()).hexdigest()
 
 
-def cost(jobs: Sequence[Job], rules: Mapping[str, Rule], block: int, threads: int) -> Cost:
-    """Return what jobs will read, write and hold."""
-    read = write = widest = sample = 0
-    for job in jobs:
+def measured_together(jobs: Sequence[Job], rules: Mapping[str, Rule]) -> list[list[int]]:
+    """Return which jobs ask for sums or ranks, by number, each with those that it is measured over."""
+    groups: dict[tuple[str, int], list[int]] = {}
+    for j, job in enumerate(jobs):
         rule = rules.get(job.rule)
-        sizes = [num_bytes(*t.spec) for _, t in job.inputs()]
-        measured = rule is not None and (rule.ranks is not None or job.wants_sums(rule))
-        read += sum(sizes) * (2 if measured else 1)
-        write += num_bytes(*job.spec)
-        entries = min(block, math.prod(job.spec.shape))
-        wide = tree.wide_dtype(job.spec.dtype).itemsize if rule is not None else job.spec.dtype.itemsize
-        widest = max(widest, entries * wide * (3 * len(sizes) + 4))
-        if rule is not None and rule.ranks is not None:
-            sample = max(sample, 4 * SAMPLE * wide * len(job.models))
-    return Cost(read, write, threads * widest + sample)
+        if rule is not None and (rule.ranks is not None or job.wants_sums(rule)):
+            whole = job.options.get("scope", rule.scope) == "global"
+            groups.setdefault((job.rule, -1 if whole else j), []).append(j)
+    return list(groups.values())
 
 
-def _specs(model: Mapping[str, Tensor]) -> dict[str, Spec]:
+def _specs(model: Mapping[str, Readable]) -> dict[str, Spec]:
     return {n: t.spec for n, t in model.items()}
 
 
-def _beside(stack: ExitStack, path: File, wanted: Mapping[str, Tensor], what: str) -> dict[str, Tensor]:
+def _beside(stack: ExitStack, path: File, wanted: Mapping[str, Readable], what: str) -> dict[str, Tensor]:
     tensors = open_tensors(stack, path)
     found = {n: tensors[n] for n in wanted if n in tensors}
     try:
@@ -209,7 +194,7 @@ def _beside(stack: ExitStack, path: File, wanted: Mapping[str, Tensor], what: st
 
 
 def _near(
-    stack: ExitStack, word: str, paths: Any, n: int, wanted: Mapping[str, Tensor]
+    stack: ExitStack, word: str, paths: Any, n: int, wanted: Mapping[str, Readable]
 ) -> list[dict[str, Tensor]]:
     if paths is None:
         raise UsageError(f"`{word}` must be given")

@@ -21,10 +21,11 @@ import numpy as np
 
 from fishjax import strict_yaml
 from fishjax.errors import UsageError
+from fishjax.merge._cost import Cost, cost
 from fishjax.merge._files import RESERVED, estimate, files, rules, run_jobs
 from fishjax.merge._mergekit import mergekit_plan
 from fishjax.merge._output import refuse_inputs
-from fishjax.merge._plan import Cost, File, cost
+from fishjax.merge._plan import File
 from fishjax.merge._stream import BLOCK, THREADS
 from fishjax.types import Digest
 
@@ -65,15 +66,17 @@ def run_recipe(recipe: File, out: File, *, digests: bool = True) -> Digest:
         return run_jobs(plan.jobs, out, read, sources=plan.sources, **more)
 
 
-def estimate_recipe(recipe: File) -> Cost:
-    """Return what `run_recipe` would read, write and hold; reads headers only."""
+def estimate_recipe(recipe: File, out: File | None = None, *, digests: bool = True) -> Cost:
+    """Return what `run_recipe` would read, write and hold; see `estimate`."""
     read, folder = load_recipe(recipe), Path(recipe).parent
     if "merge_method" not in read:
         method, models, options = _own(read, folder)
-        return estimate(method, models, **options)
+        return estimate(method, models, out=out, digests=digests, **options)
     with ExitStack() as stack:
-        jobs = mergekit_plan(stack, read, lambda path: locate(path, folder), find_dtype).jobs
-        return cost(jobs, rules(), BLOCK, THREADS)
+        plan = mergekit_plan(stack, read, lambda path: locate(path, folder), find_dtype)
+        more: dict[str, Any] = {"digests": digests, "block": BLOCK, "threads": THREADS}
+        more |= {"sources": plan.sources, "beside": (), "carried": plan.carried}
+        return cost(plan.jobs, rules(), out=out, **more)
 
 
 def load_recipe(path: File) -> dict[str, Any]:

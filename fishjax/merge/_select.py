@@ -15,6 +15,11 @@ BINS = 1 << 18
 SAMPLE = 1 << 19  # entries of an array that give a first guess of its order
 
 
+def sample_size(size: int, pieces: int) -> int:
+    """Return how many entries of each piece give the first guess of an array of `size` entries."""
+    return max(16, min(SAMPLE, size // 16) // pieces)  # sorting is one thread's work
+
+
 class _Search(NamedTuple):
     array: int  # which of the ranked arrays
     k: int  # wanted: the k-th largest

@@ -14,10 +14,10 @@ import numpy as np
 
 from fishjax import tree
 from fishjax.errors import StructureError
-from fishjax.merge._blocks import Buffers, Tensor
-from fishjax.merge._plan import Job
+from fishjax.merge._blocks import Buffers
+from fishjax.merge._plan import Job, measured_together
 from fishjax.merge._rule import Block, Rule
-from fishjax.merge._select import SAMPLE, Ranking
+from fishjax.merge._select import Ranking, sample_size
 from fishjax.merge._statistics import GRAIN, grain_sums, largest, widen
 from fishjax.merge._trees import check_beside
 
@@ -102,13 +102,9 @@ class Engine:
 
     def measure(self, track: Callable[[Iterable[Any], str, int], Iterable[Any]]) -> None:
         """Take the sums and ranks that rules ask for; `track(items, description, total)` shows it."""
-        groups: dict[tuple[str, int], list[int]] = {}
-        for j, job in enumerate(self.jobs):
-            rule = self.rules.get(job.rule)
-            if rule is not None and (rule.ranks is not None or job.wants_sums(rule)):
-                whole = job.options.get("scope", rule.scope) == "global"
-                groups.setdefault((job.rule, -1 if whole else j), []).append(j)
-        summed = [js for (rule, _), js in groups.items() if self.rules[rule].sums is not None]
+        groups = measured_together(self.jobs, self.rules)
+        rule_of = lambda js: self.rules[self.jobs[js[0]].rule]
+        summed = [js for js in groups if rule_of(js).sums is not None]
         pieces = self.pieces(j for js in summed for j in js)
         if pieces:
             sums: dict[int, list[list[float]]] = {}
@@ -122,7 +118,7 @@ class Engine:
                 totals = [math.fsum(math.fsum(c) for c in leaves) for leaves in terms]
                 for j in js:
                     self.measured[j] = totals
-        ranked = [js for (rule, _), js in groups.items() if self.rules[rule].ranks is not None]
+        ranked = [js for js in groups if rule_of(js).ranks is not None]
         if len(ranked) > 1:  # a tensor a thread: none waits for the end of another one's pass
             found: Iterable[Any] = self.map(lambda js: self._thresholds(js, map), ranked)
         else:
@@ -145,7 +141,7 @@ class Engine:
             arrays = ranks(pieces[0]) if pieces else [np.zeros(0, np.float32)] * len(counts)
             return [largest(x, ks) for x, ks in zip(arrays, counts, strict=True)]
         ranking = Ranking(counts)
-        few = max(16, min(SAMPLE, size // 16) // len(pieces))  # sorting is one thread's work
+        few = sample_size(size, len(pieces))
         sample = [p._replace(stop=min(p.stop, p.start + few)) for p in pieces]
         ranking.guess([np.concatenate(xs) for xs in zip(*over(ranks, sample), strict=True)], size)
         while not ranking.done:
@@ -176,13 +172,3 @@ class Engine:
         if not hasattr(self._local, "buffers"):
             self._local.buffers = Buffers()
         return self._local.buffers
-
-
-def hash_tensor(name: str, tensor: Tensor) -> str:
-    """Return the content digest of a tensor in a file, read a piece at a time."""
-    from fishjax.checkpoint._digest import Hasher
-
-    hasher, buffers = Hasher(name, tensor.spec.dtype, tensor.spec.shape), Buffers()
-    for start in range(0, tensor.size, 1 << 20):
-        hasher.update(buffers.read("hash", tensor, start, min(start + (1 << 20), tensor.size)))
-    return hasher.digest()
