@@ -154,10 +154,11 @@ def test_a_merge_of_patches_is_resumed(world, tmp_path, monkeypatch):
 def test_another_patch_does_not_resume(world, tmp_path, monkeypatch):
     base, _ = world
     run = lambda out: merge.files("average", PATHS, out, base="base.safetensors", block=GRAIN, threads=1)
-    interrupt(monkeypatch, 6)
+    interrupt(monkeypatch, 10)  # after all of `c`
     with pytest.raises(KeyboardInterrupt):
         run("out.safetensors")
-    checkpoint.save_patch("p2", {"a.b": patches.Dense(normal(700))}, base=base)
+    other = {n: patches.Dense(normal(*base[n].shape)) for n in ("c", "d")}  # the same leaves
+    checkpoint.save_patch("p2", other, base=base)
     assert run("out.safetensors") == run("want.safetensors")
 
 
