@@ -1,5 +1,6 @@
-"""SIGKILL in the middle of `diff`, `apply` and a training, and a rerun that ends in the same bytes."""
+"""SIGKILL in the middle of a command, a merge or a training, and a rerun that ends in the same bytes."""
 
+import json
 import os
 import pathlib
 import shutil
@@ -32,6 +33,65 @@ from fishjax import cli
 code = cli.main(sys.argv[2:])
 print("calls", int(sys.argv[1]) - left)
 sys.exit(code)
+"""
+# The same at every call of those and the engine's own, in a fork each: what is imported stays so.
+MERGING = """
+import hashlib, json, os, pathlib, signal, sys
+from fishjax import checkpoint, merge
+from fishjax.merge import _output
+_output.SECONDS = 0.0  # every piece is noted
+_output.Output.__init__.__kwdefaults__["shard_bytes"] = 20_000  # two tensors a file
+out, inputs = pathlib.Path(sys.argv[1]), sys.argv[2:]
+calls = ["write", "pwrite", "fsync", "replace", "mkdir", "unlink", "rmdir"]
+real = {name: getattr(os, name) for name in calls} | {"fsync": lambda fd: None}  # no power is cut here
+left = 0
+def dying(name):
+    def run(*args, **options):
+        global left
+        left -= 1
+        if left == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return real[name](*args, **options)
+    return run
+def fork(after):
+    global left
+    ends, end = os.pipe()
+    if not os.fork():
+        left = after
+        for name in calls:
+            setattr(os, name, dying(name))
+        merge.files("slerp", inputs, out, t=0.3)
+        real["write"](end, str(after - left).encode())
+        os._exit(0)
+    os.close(end)
+    code = os.waitstatus_to_exitcode(os.wait()[1])
+    said = os.read(ends, 100)
+    os.close(ends)
+    return code, said
+def content():
+    files = [out] if out.is_file() else sorted(out.iterdir()) if out.exists() else []
+    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
+def remove():
+    for p in [out] if out.is_file() else [*out.iterdir(), out]:
+        p.unlink() if p.is_file() else p.rmdir()
+partial = out.with_name(out.name + ".partial")
+code, total = fork(0)
+want = content()
+remove()
+assert code == 0 and not partial.exists()
+seen = {"all": int(total), "resumed": 0, "files": sorted(want)}
+for n in range(1, int(total) + 1):
+    code, _ = fork(n)
+    assert code == -signal.SIGKILL, (n, code)
+    if out.exists():
+        assert content() == want, (n, "half-written")
+        remove()
+    seen["resumed"] += (partial / "journal.json").exists()
+    code, _ = fork(0)
+    assert code == 0 and content() == want and not partial.exists(), (n, content())
+    remove()
+assert "jax" not in sys.modules
+print(json.dumps(seen))
 """
 TRAINING = """
 import os, signal, sys
@@ -103,6 +163,18 @@ def test_a_killed_command_leaves_nothing_half_written_and_can_be_run_again(tmp_p
     remove()
     assert run(DYING, 0, *args, folder=tmp_path).returncode == 0
     assert content() == want
+
+
+@pytest.mark.parametrize("out", ["out", "out.safetensors"])
+def test_a_merge_killed_at_any_call_ends_in_the_same_bytes(tmp_path, models, out):
+    (models / "base" / "config.json").write_text("{}")
+    done = run(MERGING, out, models / "tuned", models / "base", folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    seen = json.loads(done.stdout)
+    assert seen["all"] > 20 and seen["resumed"] > 10
+    if out == "out":
+        assert {"README.md", "config.json", "model.safetensors.index.json"} < set(seen["files"])
+    assert os.listdir(tmp_path) == []
 
 
 def test_a_killed_training_goes_on_to_the_same_patch(tmp_path):

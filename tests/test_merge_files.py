@@ -5,10 +5,8 @@ import json
 import os
 import pathlib
 import resource
-import signal
 import subprocess
 import sys
-import time
 
 import jax
 import jax.numpy as jnp
@@ -261,45 +259,6 @@ def test_memory_is_bounded_and_jax_is_not_imported(method, options, tmp_path):
     out, err = done.communicate()
     assert done.returncode == 0, err
     assert int(out.split()[1]) < 150  # MB: the interpreter with numpy is 40 to 60
-
-
-def test_a_killed_merge_is_resumed(tmp_path):
-    paths = [tmp_path / "a.safetensors", tmp_path / "b.safetensors"]
-    for i, path in enumerate(paths):
-        _write_big(path, i, 24 << 20)
-    want = merge.files("slerp", paths, tmp_path / "want.safetensors", t=0.3)
-    slow = "import fishjax.merge._output as o; o.SECONDS = 0.0" + BIG
-    out = tmp_path / "out.safetensors"
-    journal = tmp_path / "out.safetensors.partial" / "journal.json"
-    run = lambda: subprocess.Popen(
-        [sys.executable, "-c", slow, "slerp", *map(str, paths), str(out), "{'t': 0.3}"],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    reached = []
-    for _ in range(2):
-        process = run()
-        last = reached[-1] if reached else 0
-        for _ in range(3000):
-            time.sleep(0.01)
-            if journal.exists() and json.loads(journal.read_text())["pieces"] > last + 5:
-                break
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
-        reached.append(json.loads(journal.read_text())["pieces"])
-    assert 0 < reached[0] < reached[1] < 192  # it went on where it was
-    assert not out.exists()
-    state = json.loads(journal.read_text())
-    with open(journal.parent / "model.safetensors", "r+b") as f:  # what is done is not done again
-        f.seek(-4, os.SEEK_END)
-        tail = f.read()
-    process = run()
-    stdout, stderr = process.communicate()
-    assert process.returncode == 0, stderr
-    assert stdout.split()[0] == want
-    assert (tmp_path / "want.safetensors").read_bytes() == out.read_bytes()
-    assert state["pieces"] == reached[1] and len(tail) == 4 and not journal.parent.exists()
 
 
 def test_what_is_done_is_not_done_again(tmp_path, monkeypatch):

@@ -103,10 +103,14 @@ class Output:
         shutil.rmtree(self.partial, ignore_errors=True)
 
     def _resume(self) -> dict[str, Any]:
-        """Return the journal of an earlier try at the same merge; what belongs to another is removed."""
-        with contextlib.suppress(OSError, ValueError, TypeError):
+        """Return the journal of an earlier try at the same merge; all else that is there is removed."""
+        with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
             state = json.loads((self.partial / JOURNAL).read_bytes())
-            if state["key"] == self._key:
+            # Of an output that was finished and taken away the journal may have stayed.
+            if state["key"] == self._key and all((self.partial / file).exists() for file in self._files):
+                for path in self.partial.iterdir():
+                    if path.name not in (JOURNAL, *self._files):
+                        path.unlink()
                 return state
         shutil.rmtree(self.partial, ignore_errors=True)
         room, needed = shutil.disk_usage(self.partial.parent).free, 0
