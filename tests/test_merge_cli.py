@@ -206,14 +206,51 @@ def test_methods_from_the_command_line(folder, capsys):
             2,
             "`base` must be given",
         ),
-        (["--method", "average", "--out", "o", "one", "other.safetensors"], 4, "only in model 0"),
+        (
+            ["--method", "average", "--out", "o", "a.safetensors", "x.safetensors"],
+            4,
+            "only in model 0: `v`; only in model 1: `x`",
+        ),
+        (
+            ["--method", "average", "--out", "o", "a.safetensors", "short.safetensors"],
+            4,
+            "`w` is float32[2,3] in model 0 and float32[3] in model 1",
+        ),
+        (
+            ["--method", "average", "--out", "o", "a.safetensors", "half.safetensors"],
+            4,
+            "model 0 is `a.safetensors`, model 1 is `half.safetensors`",
+        ),
+        (["--method", "average", "--out", "o", "--weights", "1", "2", "3", "--", "one", "two"], 2, "got 3"),
+        (["--method", "fisher", "--out", "o", "one", "two"], 2, "`fishers` must be given"),
+        (
+            ["--method", "fisher", "--out", "o", "--fishers", "a.safetensors", "--", "a.safetensors"],
+            2,
+            "must be finite and >= 0, and at most 8.5e+37 for sums to be finite; `v` is not everywhere",
+        ),
+        (["k.yaml", "o"], 2, "`wieght`"),
+        (
+            ["shapes.yaml", "o"],
+            4,
+            "`v` is float32[2] in `a.safetensors` and float32[1] in `half.safetensors`",
+        ),
         (["--method", "average", "--out", "o", "one", "broken.safetensors"], 3, "broken"),
         (["one", "two"], 2, "--method"),
         (["r.yaml", "o", "--base", "base"], 2, "belongs in the recipe"),
     ],
 )
 def test_bad_arguments(args, code, wrong, folder, capsys):
-    checkpoint.save_params("other.safetensors", {"x": np.ones(2)})
+    w, v = np.ones((2, 3), np.float32), np.float32([1, -1])
+    for name, params in {
+        "a": {"w": w, "v": v},
+        "x": {"w": w, "x": v},
+        "short": {"w": w[0], "v": v},
+        "half": {"w": w.astype(np.float16), "v": v[:1]},
+    }.items():
+        checkpoint.save_params(f"{name}.safetensors", params)
+    models = "[{model: a.safetensors}, {model: half.safetensors}]"
+    Path("shapes.yaml").write_text(f"merge_method: linear\nparameters: {{weight: 1}}\nmodels: {models}")
+    Path("k.yaml").write_text("method: average\nwieght: 1\nmodels: [one, two]")
     Path("broken.safetensors").write_bytes(b"\x10\0\0\0\0\0\0\0{}")
     Path("r.yaml").write_text("method: average\nmodels: [one, two]")
     assert cli.main(["merge", *args]) == code

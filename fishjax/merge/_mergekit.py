@@ -17,6 +17,7 @@ from fishjax.errors import StructureError, UsageError
 from fishjax.merge._blocks import Tensor
 from fishjax.merge._plan import Job, find_rule, full_options, open_tensors
 from fishjax.merge._rule import is_inexact, number
+from fishjax.tree import describe
 
 _SUM = {"weight", "normalize", "rescale", "lambda", "int8_mask"}
 METHODS = {  # mergekit's name -> its parameters
@@ -260,11 +261,12 @@ def _job(
     method: str, name: str, piece: Slice, tensors: list[Tensor], get: Any, dtype: np.dtype | None
 ) -> Job:
     """Return the job of one tensor: mergekit's method and parameters in our words."""
-    shapes = {t.spec.shape for t in tensors}
-    if len(shapes) > 1:
-        raise StructureError(
-            f"`{name}` has the shapes {sorted(shapes)} in the models of the recipe; they must agree"
-        )
+    for source, tensor in zip(piece.sources, tensors, strict=True):
+        if tensor.spec.shape != tensors[0].spec.shape:
+            raise StructureError(
+                f"`{name}` is {describe(tensors[0].spec)} in `{piece.sources[0].path}` and "
+                f"{describe(tensor.spec)} in `{source.path}`; a recipe's models must have the same shapes"
+            )
     own = np.result_type(*[t.spec.dtype for t in tensors])
     spec = Spec(dtype if dtype is not None and is_inexact(own) else own, tensors[0].spec.shape)
     if not is_inexact(own):

@@ -133,7 +133,7 @@ def plan(
     models, patched = open_inputs(stack, inputs, base)
     kept = kept_leaves(models, keep)
     merged = [{n: t for n, t in model.items() if n not in kept} for model in models]
-    check_models([_specs(m) for m in merged])
+    check_models([_specs(m) for m in merged], inputs)
     inexact = [n for n, t in merged[0].items() if is_inexact(t.spec.dtype)]
     wanted = {n: merged[0][n] for n in inexact}
     if rule.needs_base and base is None:
@@ -197,7 +197,7 @@ def _near(
     stack: ExitStack, word: str, paths: Any, n: int, wanted: Mapping[str, Readable]
 ) -> list[dict[str, Tensor]]:
     if paths is None:
-        raise UsageError(f"`{word}` must be given")
+        raise UsageError(f"`{word}` must be given: files that lie beside the models")
     if isinstance(paths, (str, os.PathLike)):
         return [_beside(stack, paths, wanted, f"`{word}`")]
     if len(paths) != n:

@@ -78,14 +78,15 @@ def kept_leaves(flats: Sequence[Mapping[str, Any]], keep: Keep | None) -> dict[s
     return kept
 
 
-def check_models(models: Sequence[Params]) -> None:
-    """Raise unless all models have the same leaves; the message shows both sides."""
+def check_models(models: Sequence[Params], paths: Sequence[Any] | None = None) -> None:
+    """Raise unless all models have the same leaves; the message shows both sides, and whose they are."""
     for i, other in enumerate(models[1:], 1):
         try:
             tree.check_same(models[0], other, ("model 0", f"model {i}"))
         except StructureError as error:
+            names = f" (model 0 is `{paths[0]}`, model {i} is `{paths[i]}`)" if paths else ""
             raise StructureError(
-                f"{error}; a leaf that is not to be merged is taken from one model by `keep`"
+                f"{error}; a leaf that is not to be merged is taken from one model by `keep`{names}"
             ) from None
 
 
