@@ -72,6 +72,94 @@ def test_merges_that_are_not_what_was_asked_are_found():
     ]
 
 
+# Examples, and weights by few of them
+
+
+def _rows(batch):
+    return {(*x, int(y)) for x, y in zip(batch["x"], batch["y"], strict=True)}
+
+
+def test_a_split_depends_on_the_examples_alone():
+    rng = np.random.default_rng(0)
+    rows = {"x": rng.integers(0, 9, (60, 3)), "y": rng.integers(0, 2, 60)}
+    rows = jax.tree.map(lambda x: np.concatenate([x, x[:20]]), rows)  # some twice
+    held_in, held_out = search.split(rows, held_out=0.25)
+    assert not _rows(held_in) & _rows(held_out) and _rows(held_in) | _rows(held_out) == _rows(rows)
+    assert held_in["y"].size + held_out["y"].size == 80 and 19 <= held_out["y"].size <= 20
+    order = rng.permutation(80)
+    other = search.split(jax.tree.map(lambda x: x[order], rows), held_out=0.25)
+    assert (
+        _rows(other.held_out) == _rows(held_out) != _rows(search.split(rows, held_out=0.25, seed=1).held_out)
+    )
+    places = [rows["x"].tolist().index(x) for x in held_in["x"].tolist()]
+    assert places[:9] == sorted(places[:9])  # in the order of the examples
+    assert isinstance(search.split({"x": jnp.arange(4)}).held_in["x"], jax.Array)
+
+
+def test_splits_are_fair():
+    sides = [set(search.split({"x": np.arange(40)}, seed=i).held_out["x"].tolist()) for i in range(300)]
+    shares = np.array([sum(i in side for side in sides) for i in range(40)]) / 300
+    assert abs(shares - 0.5).max() < 4 * np.sqrt(0.25 / 300)
+
+
+@pytest.mark.parametrize("target", [(0.2, 0.5, 0.3), (0.8, 0.2, 0.0), (-1.0, 0.9, 0.4)])
+def test_few_shot_finds_the_nearest_point_of_the_simplex(target):
+    rng = np.random.default_rng(0)
+    corners = [{"w": row} for row in np.eye(3)]  # the merged parameters are the weights
+    rows = {"x": np.array(target) + 0.05 * rng.standard_normal((12, 3))}
+    near = lambda p, batch: -float(((batch["x"] - p["w"]) ** 2).sum(-1).mean())
+    found = search.few_shot(
+        lambda w: merge.average(corners, weights=w), parents=corners, score=near, examples=rows
+    )
+    parts = search.split(rows)
+    mean = parts.held_in["x"].mean(0)
+    cuts = np.sort(mean)[::-1]  # the projection onto the simplex, in closed form
+    shift = max((cuts[: k + 1].sum() - 1) / (k + 1) for k in range(3))
+    np.testing.assert_allclose(found.weights, np.maximum(mean - shift, 0), atol=1 / 64)
+    assert len(found.trials) <= 100 and abs(sum(found.weights) - 1) < 1e-12
+    assert max(t.score for t in found.trials) == found.reports["held in"]["merged"]
+    for name, part in zip(("held in", "held out"), parts, strict=True):
+        want = {"merged": found.params, **{f"parent {i}": p for i, p in enumerate(corners)}}
+        assert found.reports[name] == {n: near(p, part) for n, p in want.items()}
+
+
+def test_few_shot_never_looks_at_what_it_reports_on():
+    rows, seen = {"x": np.arange(10.0)}, []
+
+    def score(params, batch):
+        seen.append(frozenset(batch["x"]))
+        return NEAR(params)
+
+    found = search.few_shot(MEAN, parents=MODELS, score=score, examples=rows, trials=9, held_out=0.3)
+    parts = search.split(rows, held_out=0.3)
+    assert len(found.trials) == 9 and set(seen[:9]) == {frozenset(parts.held_in["x"])}
+    assert set(seen[9:]) == {frozenset(part["x"]) for part in parts}
+
+
+def test_few_shot_warns_where_the_weights_fit_no_other_examples():
+    rows = {"x": np.arange(8.0)}
+    held_in = set(search.split(rows).held_in["x"])
+    own = lambda p, batch: NEAR(p) if set(batch["x"]) == held_in else float(p["w"][1])
+    found = search.few_shot(MEAN, parents=MODELS, score=own, examples=rows)
+    (warning,) = found.warnings
+    assert warning.startswith("held out, parent 2 scores 9 and the merge 0")
+    assert search.few_shot(MEAN, parents=MODELS, score=lambda p, _: NEAR(p), examples=rows).warnings == []
+
+
+def test_bad_examples():
+    rows = {"x": np.arange(4.0)}
+    with pytest.raises(errors.UsageError, match=r"share in \(0, 1\); got 1"):
+        search.split(rows, held_out=1)
+    with pytest.raises(errors.UsageError, match=r"one leading axis; got `x` .4., `y` .3."):
+        search.split(rows | {"y": np.arange(3)})
+    with pytest.raises(errors.UsageError, match="one leading axis"):
+        search.split({"x": np.float32(1)})
+    with pytest.raises(errors.UsageError, match="of 4 examples"):
+        search.split({"x": np.zeros(4)})
+    with pytest.raises(errors.UsageError, match=r"at least 4, .* got 3"):
+        search.few_shot(MEAN, parents=MODELS, score=lambda p, b: 0.0, examples=rows, trials=3)
+
+
 def test_bad_searches():
     with pytest.raises(errors.UsageError, match="NaN"):
         search.uniform(MODELS, select=lambda p: float("nan"))
