@@ -71,6 +71,35 @@ def test_dare_recipes_agree_in_distribution(folder):
     assert np.ptp(got[kept & (abs(delta) > 0.5)] / delta[kept & (abs(delta) > 0.5)]) < 1e-5  # by one factor
 
 
+def test_dare_ties_recipes_agree_in_distribution(folder):
+    rng, n = np.random.default_rng(0), 200_000
+    base = rng.standard_normal(n).astype(np.float32)
+    signs = np.float32(rng.choice([-1, 1], n))
+    for name, x in (("b", base), ("t", base + 1), ("u", base + 2 * signs)):
+        checkpoint.save_params(f"{name}.safetensors", {"w": x})
+    model = "{model: %s.safetensors, parameters: {weight: 1.0, density: %s}}"
+    models = f"[{model % ('t', 0.3)}, {model % ('u', 0.5)}]"
+    Path("r.yaml").write_text(f"merge_method: dare_ties\nbase_model: b.safetensors\nmodels: {models}")
+    merge.run_recipe("r.yaml", "out.safetensors")
+    got = checkpoint.load_params("out.safetensors")["w"] - base
+    # Kept changes are 1 / 0.3 and 2 / 0.5. Those of one sign add up, of two signs the larger stays alone.
+    together, apart = got[signs > 0], got[signs < 0]
+    for values, value, chance in (
+        (together, 1 / 0.3 + 4, 0.3 * 0.5),
+        (together, 1 / 0.3, 0.3 * 0.5),
+        (together, 4, 0.7 * 0.5),
+        (together, 0, 0.7 * 0.5),
+        (apart, 1 / 0.3, 0.3 * 0.5),
+        (apart, -4, 0.5),
+        (apart, 0, 0.7 * 0.5),
+    ):
+        share = (abs(values - value) < 0.1).mean()
+        assert abs(share - chance) < 5 * np.sqrt(chance * (1 - chance) / values.size), (value, chance)
+    variance = 1 / 0.3 - 1 + 4 / 0.5 - 4  # of what is kept with probability p and divided by it
+    assert abs(together.mean() - 3) < 5 * np.sqrt(variance / together.size)
+    assert abs(together.var() / variance - 1) < 0.03
+
+
 @pytest.mark.parametrize(
     "text, wrong",
     [

@@ -46,7 +46,6 @@ class Rule(NamedTuple):
     #   measured is then, for each array and k, the k-th largest value
     scope: str = "tensor"  # or "global"; an option of this name goes first
     random: bool = False  # whether blocks carry their positions
-    whole: bool = False  # whether a block must be a whole leaf, in its own shape
 
 
 def wants_sums(rule: Rule, models: int, beside: Mapping[str, int], options: Mapping[str, Any]) -> bool:
