@@ -40,7 +40,7 @@ def files(
 ) -> Digest:
     """Merge models on disk; memory is a few blocks a thread, whatever their size. Needs no jax.
 
-    Patches are folded block by block as they are read; their positions stay in memory meanwhile.
+    Patches are folded block by block as they are read, with the positions of a few leaves in memory.
 
     The result is the same bits whatever `block` and `threads` are. A merge that was killed is resumed
     by calling it again: `OUT.partial/` holds what was written and a journal of it.

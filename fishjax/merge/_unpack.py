@@ -19,9 +19,11 @@ from fishjax.errors import WrongBaseError
 from fishjax.merge._blocks import Tensor, hash_tensor
 from fishjax.types import Digest
 
+HELD = 4  # entries of a patch whose positions are held: each thread of the engine is in one leaf
+
 
 class Patch:
-    """A patch file: opened, it is a header; `file` reads it, checks every byte and holds its changes."""
+    """A patch file: opened, it is a header; `file` reads it and checks every byte."""
 
     def __init__(self, path: str | os.PathLike):
         self.path = os.fspath(path)
@@ -31,17 +33,22 @@ class Patch:
         self.specs = touched_specs(path, manifest)
         self.bytes = os.stat(path).st_size
         notes = [entry.get("indices", {}) for entry in take(path, manifest, "changes", dict).values()]
-        # Values stay in the file, mapped; positions are packed there and held as integers.
-        self.memory = self.bytes + sum(8 * note.get("count", 0) for note in notes)
+        # Values stay in the file, mapped; positions are packed there, and integers when they are used.
+        self.memory = self.bytes + 8 * sum(sorted(note.get("count", 0) for note in notes)[-HELD:])
+        self.entry = functools.lru_cache(HELD)(self._entry)
 
     @functools.cached_property
     def file(self) -> PatchFile:
-        return read_patch(self.path)
+        return read_patch(self.path, lazy=True)
 
     @functools.cached_property
     def owners(self) -> dict[str, str]:
         """Which entry changes a leaf."""
         return {t: n for n, change in self.file.changes.items() for t in _kinds.touched(n, change)}
+
+    def _entry(self, name: str) -> _kinds.Change:
+        change = self.file.changes[name]
+        return change._replace(arrays=dict(change.arrays))
 
 
 class Patched(NamedTuple):
@@ -61,7 +68,7 @@ class Patched(NamedTuple):
 
     def fill(self, data: np.ndarray, start: int) -> None:
         owner = self.patch.owners[self.name]
-        change = self.patch.file.changes[owner]
+        change = self.patch.entry(owner)
         shape, skipped = self.spec.shape, 0
         if data.size < self.size:
             width = shape[-1] if len(shape) > 1 else 1
