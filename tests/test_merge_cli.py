@@ -2,6 +2,8 @@
 
 import importlib.util
 import json
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -288,16 +290,47 @@ def test_bad_arguments(args, code, wrong, folder, capsys):
     assert not (folder / "o").exists() and not list(folder.glob("*.partial"))
 
 
-def test_a_full_disk(folder, capsys, monkeypatch):
-    def full(fd, data, offset):
-        raise OSError(28, "No space left on device")
+@pytest.mark.parametrize("out", ["out", "out.safetensors"])
+def test_a_disk_that_is_full_at_any_call(out, tmp_path, capsys, monkeypatch):
+    """Whichever write is refused: one line, exit code 74, and nothing half-written."""
+    monkeypatch.chdir(tmp_path)
+    for name in "ab":
+        checkpoint.save_params(name, {"v": np.ones(3), "w": np.ones(4)})
+        Path(name, "config.json").write_text("{}")
+    merged = lambda: cli.main(["merge", "--method", "average", "--out", out, "a", "b"])
+    left = 0
 
-    monkeypatch.setattr("os.pwrite", full)
-    for out in ("o", "o.safetensors"):
-        assert cli.main(["merge", "--method", "average", "--out", out, "one", "two"]) == 74
+    def refusing(real):
+        def call(*args, **options):
+            nonlocal left
+            left -= 1
+            if left == 0:
+                raise OSError(28, "No space left on device")
+            return real(*args, **options)
+
+        return call
+
+    monkeypatch.setattr("fishjax.merge._output.SECONDS", 0.0)  # every piece is noted
+    monkeypatch.setattr("os.fsync", lambda fd: None)
+    for module, name in (
+        (os, "pwrite"),
+        (os, "write"),
+        (os, "ftruncate"),
+        (os, "replace"),
+        (shutil, "copyfile"),
+    ):
+        monkeypatch.setattr(module, name, refusing(getattr(module, name)))
+    assert merged() == 0
+    calls = -left
+    shutil.rmtree(out) if out == "out" else os.unlink(out)
+    assert calls >= 8
+    for n in range(1, calls + 1):
+        left = n
+        capsys.readouterr()
+        assert merged() == 74
         error = capsys.readouterr().err
         assert "No space left" in error and error.count("\n") == 1
-        assert not list(folder.glob("o.*")) and not Path("o").exists()
+        assert sorted(os.listdir()) == ["a", "b"]
 
 
 def test_the_command_never_imports_jax(folder):
