@@ -246,16 +246,22 @@ def _run(*args):
     )
 
 
+@pytest.fixture(scope="module")
+def big(tmp_path_factory):
+    """Two models of 160 MB each."""
+    folder = tmp_path_factory.mktemp("big")
+    for i, name in enumerate("ab"):
+        _write_big(folder / f"{name}.safetensors", i, 40 << 20)
+    return [folder / "a.safetensors", folder / "b.safetensors"]
+
+
 @pytest.mark.parametrize(
     "method, options", [("average", {}), ("slerp", {"t": 0.4}), ("ties", {"density": 0.2})]
 )
-def test_memory_is_bounded_and_jax_is_not_imported(method, options, tmp_path):
-    paths = [tmp_path / "a.safetensors", tmp_path / "b.safetensors"]
-    for i, path in enumerate(paths):
-        _write_big(path, i, 40 << 20)  # 160 MB each
+def test_memory_is_bounded_and_jax_is_not_imported(method, options, big, tmp_path):
     if method == "ties":
-        options = options | {"base": str(paths[0])}
-    done = _run(method, *paths, tmp_path / "out.safetensors", options)
+        options = options | {"base": str(big[0])}
+    done = _run(method, *big, tmp_path / "out.safetensors", options)
     out, err = done.communicate()
     assert done.returncode == 0, err
     assert int(out.split()[1]) < 150  # MB: the interpreter with numpy is 40 to 60
@@ -426,7 +432,7 @@ def test_a_dry_run_tells_what_is_read_written_and_held(tmp_path, monkeypatch):
         (read, write, memory), took = json.loads(done.stdout)
         assert took[0] == pytest.approx(read, rel=0.02), case
         assert took[1] == pytest.approx(write, rel=0.02), case
-        assert took[2] == pytest.approx(memory, rel=0.3), case
+        assert 0.5 * memory < took[2] < 1.3 * memory, case  # less, where threads wait for each other
 
 
 def test_a_dry_run_writes_nothing(world, tmp_path, monkeypatch):
