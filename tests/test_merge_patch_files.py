@@ -10,6 +10,7 @@ import pytest
 from fishjax import checkpoint, errors, merge, patches, strict_yaml, tree
 from fishjax.checkpoint import _kinds
 from fishjax.checkpoint._kinds import Change
+from fishjax.checkpoint._manifest import write_sealed
 from fishjax.merge import _output
 from fishjax.merge._statistics import GRAIN
 
@@ -177,11 +178,16 @@ def test_a_patch_that_does_not_fit_is_refused_before_anything_is_written(world, 
     checkpoint.save_params("other.safetensors", base | {"c": base["c"] + 1})
     checkpoint.save_params("short.safetensors", base | {"c": base["c"][:9]})
     (tmp_path / "broken").write_bytes((tmp_path / "p2").read_bytes()[:-1] + b"x")
+    odd = {"touched": {}, "changes": {"c": {"indices": {"count": "9"}}}}
+    write_sealed("odd", "patch", odd, {})
+    write_sealed("later", "patch", {"version": 2}, {})
     for inputs, other, error, wrong in (
         (["p2"], None, errors.UsageError, "`p2` is a patch; give the `base`"),
         (["p2"], "other", errors.WrongBaseError, "`p2` is for another base: `c` .* has other values"),
         (["p2"], "short", errors.WrongBaseError, r"`c` is float32\[9\], wanted float32\[131077\]"),
         (["broken"], "base", errors.FileFormatError, "`broken` is corrupt"),
+        (["odd"], "base", errors.FileFormatError, "`odd`: `count` of the manifest must be of type int"),
+        (["later"], "base", errors.FileFormatError, "`later` has a manifest of version 2"),
     ):
         near = other and f"{other}.safetensors"
         with pytest.raises(error, match=wrong):

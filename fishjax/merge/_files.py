@@ -18,7 +18,7 @@ from fishjax.merge._plan import File, Job, key_of, open_tensors, plan
 from fishjax.merge._rule import Rule
 from fishjax.merge._stream import BLOCK, THREADS, Engine, Piece
 from fishjax.merge._trees import Keep
-from fishjax.merge._unpack import Patch, Patched, check_patches, is_patch
+from fishjax.merge._unpack import Patched, PatchSource, check_patches, is_patch
 from fishjax.progress import track
 from fishjax.types import Digest
 
@@ -199,7 +199,7 @@ def _digest(engine: Engine, tensors: Mapping[str, Any]) -> Digest:
 def _identity(engine: Engine, path: File) -> Digest:
     """Return the content id of a model, or the digest that a patch file carries of itself."""
     if is_patch(path):
-        return Patch(path).digest
+        return PatchSource(path).digest
     with ExitStack() as stack:
         return _digest(engine, open_tensors(stack, path))
 

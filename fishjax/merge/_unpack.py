@@ -22,7 +22,7 @@ from fishjax.types import Digest
 HELD = 4  # entries of a patch whose positions are held: each thread of the engine is in one leaf
 
 
-class Patch:
+class PatchSource:
     """A patch file: opened, it is a header; `file` reads it and checks every byte."""
 
     def __init__(self, path: str | os.PathLike):
@@ -32,9 +32,10 @@ class Patch:
             self.digest: Digest = f"sha256:{file.metadata[SEAL]}"
         self.specs = touched_specs(path, manifest)
         self.bytes = os.stat(path).st_size
-        notes = [entry.get("indices", {}) for entry in take(path, manifest, "changes", dict).values()]
+        entries = take(path, manifest, "changes", dict).values()
+        notes = [take(path, e, "indices", dict) for e in entries if type(e) is dict and "indices" in e]
         # Values stay in the file, mapped; positions are packed there, and integers when they are used.
-        self.memory = self.bytes + 8 * sum(sorted(note.get("count", 0) for note in notes)[-HELD:])
+        self.memory = self.bytes + 8 * sum(sorted(take(path, n, "count", int) for n in notes)[-HELD:])
         self.entry = functools.lru_cache(HELD)(self._entry)
 
     @functools.cached_property
@@ -56,7 +57,7 @@ class Patched(NamedTuple):
 
     name: str
     base: Tensor
-    patch: Patch
+    patch: PatchSource
 
     @property
     def spec(self) -> Spec:
@@ -98,7 +99,7 @@ def open_patch(path: str | os.PathLike, base: Mapping[str, Tensor]) -> dict[str,
     Raises:
       WrongBaseError: the patch is for a base with other leaves.
     """
-    patch = Patch(path)
+    patch = PatchSource(path)
     for name, spec in patch.specs.items():
         if name not in base or base[name].spec != spec:
             got = tree.describe(base[name].spec) if name in base else "missing"
