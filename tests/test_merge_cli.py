@@ -225,6 +225,7 @@ def test_methods_from_the_command_line(folder, capsys):
         (["--method", "average", "one", "two"], 2, "give --out"),
         (["--method", "average", "--out", "one", "one", "two"], 2, "is an input"),
         (["--method", "average", "--out", "one/x", "one", "two"], 2, "lies in one"),
+        (["--method", "average", "--out", "one", "--dry-run", "one", "two"], 2, "is an input"),
         (["--method", "average", "--out", "o", "one", "nowhere"], 2, "nowhere"),
         (["--method", "average", "--out", "o", "--weights", "1", "-1", "one", "two"], 2, "sum to zero"),
         (["--method", "average", "--out", "o", "--weights", "1", "nan", "--", "one", "two"], 2, "finite"),

@@ -171,6 +171,9 @@ def test_the_card_names_patches_and_their_base_by_their_digests(world, tmp_path)
         **{p: checkpoint.read_patch(p).digest for p in PATHS},
         "base.safetensors": checkpoint.digest(base),
     }
+    _, head, text = (tmp_path / "out/README.md").read_text().split("---\n", 2)
+    assert head.startswith("base_model:\n- base.safetensors\nbase_model_relation")  # a patch is no model
+    assert all(f"| `{p}` |" in text for p in [*PATHS, "base.safetensors"])
 
 
 def test_a_patch_that_does_not_fit_is_refused_before_anything_is_written(world, tmp_path):

@@ -16,18 +16,20 @@ def model_card(
     sources: Sequence[tuple[str, Digest]],
     digest: Digest,
     *,
+    parents: Sequence[str],
     beside: Sequence[tuple[str, Digest]] = (),
 ) -> dict[str, str]:
     """Return `{file name: text}`: a README with metadata as hubs read it, and the recipe with digests.
 
     Args:
       recipe: what was asked for.
-      sources: path and content id of every model that went in.
+      sources: path and content id of every model that went in, path and digest of every patch.
       digest: the content id of the result.
+      parents: the paths of those that are models.
       beside: the same of what else was read, such as Fishers; recorded as inputs, no models.
     """
     head = {
-        "base_model": [_name(path) for path, _ in sources],
+        "base_model": [_name(path) for path in parents],
         "base_model_relation": "merge",
         "tags": ["merge", "fishjax"],
     }

@@ -116,6 +116,8 @@ def estimate(
         sources = [*inputs, *([base] if base is not None else [])]
         more: dict[str, Any] = {"digests": digests, "block": block, "threads": threads}
         near = list(_paths(options))
+        if out is not None:
+            refuse_inputs(out, [*sources, *near])
         return cost(jobs, rules(), out=out, sources=sources, beside=near, carried=sources[-1], **more)
 
 
@@ -167,7 +169,8 @@ def run_jobs(
             carry(Path(carried), output.partial, **(config or {}))
             named = [(os.fspath(path), ids[path]) for path in read]
             models, near = named[: len(sources)], named[len(sources) :]
-            write_texts(output.partial, model_card(recipe, models, digest, beside=near))
+            parents = [name for name, _ in models if not is_patch(name)]
+            write_texts(output.partial, model_card(recipe, models, digest, parents=parents, beside=near))
         output.finish()
         return digest
     except Exception:

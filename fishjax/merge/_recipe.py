@@ -74,6 +74,8 @@ def estimate_recipe(recipe: File, out: File | None = None, *, digests: bool = Tr
         return estimate(method, models, out=out, digests=digests, **options)
     with ExitStack() as stack:
         plan = mergekit_plan(stack, read, lambda path: locate(path, folder), find_dtype)
+        if out is not None:
+            refuse_inputs(out, plan.sources)
         more: dict[str, Any] = {"digests": digests, "block": BLOCK, "threads": THREADS}
         more |= {"sources": plan.sources, "beside": (), "carried": plan.carried}
         return cost(plan.jobs, rules(), out=out, **more)
