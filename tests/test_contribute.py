@@ -10,6 +10,7 @@ import optax
 import pytest
 
 from fishjax import checkpoint, cli, contribute, leaves, mesh, models, patches, train, tree
+from fishjax.contribute import _resume
 from fishjax.errors import UsageError
 from tests.test_train_sync import collectives
 
@@ -66,7 +67,7 @@ def test_fishjax_train_makes_a_patch_that_fits_and_helps(folder, capsys):
     assert config["model_type"] == "fishjax_digits"
 
 
-def test_a_training_that_was_stopped_goes_on_to_the_same_patch(folder, monkeypatch):
+def test_a_training_that_was_stopped_goes_on_to_the_same_patch(folder, monkeypatch, capsys):
     args = ["train", "--gin_file", "configs/train_fish.gin", *bindings(folder, "STEPS = 12")]
     assert cli.main(args) == 0
     straight = (folder / "p.safetensors").read_bytes()
@@ -83,8 +84,58 @@ def test_a_training_that_was_stopped_goes_on_to_the_same_patch(folder, monkeypat
         patched.setattr(checkpoint, "save_patch", lambda *a, **k: (_ for _ in ()).throw(KeyboardInterrupt()))
         assert cli.main(args) == 130
     assert calls and not (folder / "p.safetensors").exists() and (folder / "p.safetensors.partial").is_dir()
+    capsys.readouterr()
+    assert cli.main([*args, "--gin_bindings", "contribute.run.learning_rate = 0.5"]) == 2
+    said = capsys.readouterr().err
+    assert "p.safetensors.partial` has the state of another training" in said
+    assert "`learning_rate` was 0.01 and is 0.5" in said and "`steps`" not in said
     assert cli.main(args) == 0
     assert (folder / "p.safetensors").read_bytes() == straight
+
+
+def test_a_training_goes_on_from_its_own_state_alone(tmp_path):
+    settings = {"steps": 3, "start": "sha256:0", "templates": (1, 2)}
+    state = _resume.claim(tmp_path / "p.partial", settings)
+    assert _resume.claim(tmp_path / "p.partial", settings) == state  # again, as after a stop
+    with pytest.raises(UsageError, match=r"another training.*`start` was 'sha256:0' and is 'sha256:1'"):
+        _resume.claim(tmp_path / "p.partial", settings | {"start": "sha256:1"})
+    (tmp_path / "notes.partial").mkdir()
+    assert _resume.claim(tmp_path / "notes.partial", settings).parent == tmp_path / "notes.partial"
+    (tmp_path / "mine.partial").mkdir()
+    (tmp_path / "mine.partial" / "notes.txt").write_text("keep")
+    (tmp_path / "file.partial").write_text("keep")
+    for name in ("mine.partial", "file.partial"):
+        with pytest.raises(UsageError, match="is no training's state; move it"):
+            _resume.claim(tmp_path / name, settings)
+    assert (tmp_path / "mine.partial" / "notes.txt").read_text() == "keep"
+    a, b = ({"w": patches.Sparse(jnp.array([i]), jnp.array([1.0]))} for i in (0, 1))
+    assert _resume.start_id(a) == _resume.start_id(dict(a)) != _resume.start_id(b)
+    assert _resume.start_id({"v": a["w"]}) != _resume.start_id(a)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"steps": 0}, "`steps` must be a whole number, at least 1; got 0"),
+        ({"steps": "x"}, "`steps`"),
+        ({"steps": True}, "`steps`"),
+        ({"batch_size": 0}, "`batch_size`"),
+        ({"examples": 1.5}, "`examples`"),
+        ({"learning_rate": -1}, "`learning_rate` must be a number above 0; got -1"),
+        ({"learning_rate": "x"}, "`learning_rate`"),
+        ({"learning_rate": float("nan")}, "`learning_rate`"),
+    ],
+)
+def test_numbers_that_make_no_sense_are_refused_at_once(tmp_path, options, message):
+    given = {"steps": 1, "learning_rate": 0.1, **options}
+    with pytest.raises(UsageError, match=message):
+        contribute.run(model="nowhere", data_from="x", out=str(tmp_path / "p"), make=contribute.ia3, **given)
+
+
+def test_a_single_step_moves(folder):
+    where = {"model": str(folder / "model"), "data_from": "bundled_digits", "out": str(folder / "q")}
+    contribute.run(**where, make=contribute.ia3, steps=1, learning_rate=0.1)
+    assert any((kind.vector != 1).any() for kind in checkpoint.load_patch(folder / "q")[0].values())
 
 
 @pytest.mark.parametrize(

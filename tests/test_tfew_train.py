@@ -88,12 +88,17 @@ def test_from_a_mixture_to_few_shots(tmp_path, capsys):
     )
     assert loss(tuned) < loss(pretrained) - 0.05
 
+    int8 = ["contribute.run.quantise = 'int8'", *start]
+    assert fit("tfew/few_shot", "int8.safetensors", *int8) == 0
+    few = checkpoint.read_patch(tmp_path / "int8.safetensors")
+    assert few.base_id == checkpoint.digest(params) and few.metadata["recipe"]["from"]["steps"] == 30
+    assert fit("tfew/legacy", "legacy.safetensors", "STEPS = 1") == 0
+
     models.save(tmp_path / "model", model, jax.tree.map(lambda x: x + 1, params))
     capsys.readouterr()
-    assert (
-        fit("tfew/few_shot", "wrong.safetensors", *start) == 4
-        and "for another base" in capsys.readouterr().err
-    )
+    for options in (start, int8):
+        assert fit("tfew/few_shot", "wrong.safetensors", *options) == 4
+        assert "for another base" in capsys.readouterr().err
     assert fit("train_tfew", "x.safetensors", f"contribute.run.data_from = {mixture}") == 2
     assert "one file of `templates` for each" in capsys.readouterr().err
 

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from fishjax import checkpoint, data, fisher, leaves, masks, mesh, models, patches, tree
 from fishjax.errors import UsageError, WrongBaseError
-from fishjax.types import Array, Batch, LossFn, Mask, Params, Patch
+from fishjax.types import Array, Batch, Digest, LossFn, Mask, Params, Patch
 
 
 class Made(NamedTuple):
@@ -21,6 +21,7 @@ class Made(NamedTuple):
     patch: Patch
     recipe: dict[str, Any]
     mask: Mask | None = None
+    base_id: Digest | None = None  # of the base that the patch needs, for whoever knows the model's files
 
 
 def fish(
@@ -116,21 +117,28 @@ def from_patch(
 ) -> Made:
     """Go on from a patch file: few-shot training from (IA)^3 vectors that were pre-trained on a mixture.
 
+    Quantised weights have another content id than those they stand for, so there only `base_id` is told.
+
     Raises:
       WrongBaseError: the file is for another base.
 
     References: Liu et al. 2022, arXiv 2205.05638, section 3.4.
     """
     del key, model, batches
-    _check_floats(base)
     patch, metadata = checkpoint.load_patch(path)
-    wanted, found = checkpoint.read_patch(path).base_id, checkpoint.digest(base)
+    wanted = found = checkpoint.read_patch(path).base_id
+    if any(leaves.is_leaf(x) for x in tree.flatten(base).values()):
+        if not all(isinstance(kind, (patches.Scale, patches.LowRank)) for kind in patch.values()):
+            _check_floats(base)
+    else:
+        found = checkpoint.digest(base)
     if wanted != found:
         raise WrongBaseError(
             f"`{path}` is for another base: the model has the content id {found[:23]}, wanted {wanted[:23]}"
         )
     begun = metadata.get("recipe", {})
-    return Made(jax.tree.map(jnp.asarray, patch), {"method": begun.get("method"), "from": begun})
+    recipe = {"method": begun.get("method"), "from": begun}
+    return Made(jax.tree.map(jnp.asarray, patch), recipe, base_id=wanted)
 
 
 def from_mask(
@@ -151,8 +159,8 @@ def _check_floats(base: Params) -> None:
     """Raise if a weight is quantised: it has no values that could be replaced, and another content id."""
     if odd := [n for n, x in tree.flatten(base).items() if leaves.is_leaf(x)]:
         raise UsageError(
-            f"`{odd[0]}` and {len(odd) - 1} more are quantised; new values of weights, and patches that go "
-            "on from a file, need the floats. Leave out `quantise`, or train `ia3` or `lora`"
+            f"`{odd[0]}` and {len(odd) - 1} more are quantised; new values of weights need the floats. "
+            "Leave out `quantise`, or train `ia3` or `lora`"
         )
 
 

@@ -1,5 +1,6 @@
 """From a model folder to a patch file."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,9 @@ from fishjax.checkpoint._lossy import MODES
 from fishjax.contribute._choose import Made
 from fishjax.contribute._fit import adam, fit
 from fishjax.contribute._read import read
-from fishjax.errors import UsageError
-from fishjax.types import Digest, LossFn, Params, Patch
+from fishjax.contribute._resume import claim, start_id
+from fishjax.errors import UsageError, WrongBaseError
+from fishjax.types import Digest, Params, Patch
 
 
 def run(
@@ -33,20 +35,22 @@ def run(
     templates: str | Sequence[str | None] | None = None,
     limit: int | None = None,
     shots: int | None = None,
-    loss: Callable[[models.Model], LossFn] = models.example_loss,
+    loss: Callable[[models.Model], Any] = models.example_loss,
     optimizer: Callable[[float, int], optax.GradientTransformation] = adam,
     on: Mesh | None = None,
     rules: Callable[[models.Model, Mesh], mesh.SpecRules] = mesh.rules,
     remat: bool = False,
     scan: bool = False,
+    batched: bool = False,
     quantise: Any = None,
     refresh_every: int | None = None,
     lossy: str | None = None,
 ) -> Digest:
     """Make a patch for a model folder and write it: what `fishjax train` calls.
 
-    A training that was stopped goes on: its state is in `OUT.partial/` until the patch is written. Of
-    several processes (`mesh.connect`) the first one writes.
+    A training that was stopped goes on: its state is in `OUT.partial/` until the patch is written, with
+    what it was asked to do, so that no other training goes on from it. Of several processes
+    (`mesh.connect`) the first one writes.
 
     Args:
       model: a folder with config.json and weights.
@@ -60,7 +64,7 @@ def run(
       templates: a file as of `data.load_templates` for each FILE.jsonl, whose lines are then a task's rows.
       limit: at most so many examples of each task of a mixture.
       shots: train on so few examples of each data set, drawn by the seed; None takes all.
-      loss, optimizer, remat: as of `fit`.
+      loss, optimizer, remat, batched: as of `fit`.
       scan: stack equal blocks while training, as of `fit`; the patch is of the model's own leaves.
       quantise: "int8", "int4", "nf4" or rules, as of `models.load`: what is not trained is held in so few
         bits, for `ia3` and `lora`. The patch is of the folder's own weights.
@@ -71,8 +75,15 @@ def run(
       lossy: "bf16" or "int8", fewer bytes and an error that the file states, as of `checkpoint.save_patch`.
 
     Raises:
-      UsageError: `out` exists; there is no mask to refresh; an argument makes no sense.
+      UsageError: `out` exists; `OUT.partial/` is of another training; there is no mask to refresh; an
+        argument makes no sense.
+      WrongBaseError: `make` goes on from a patch of another base.
     """
+    for name, x in (("steps", steps), ("batch_size", batch_size), ("examples", examples)):
+        if type(x) is not int or x < 1:
+            raise UsageError(f"`{name}` must be a whole number, at least 1; got {x!r}")
+    if type(learning_rate) not in (int, float) or not 0 < learning_rate < math.inf:
+        raise UsageError(f"`learning_rate` must be a number above 0; got {learning_rate!r}")
     if lossy not in (None, *MODES):
         raise UsageError(f"`lossy` must be one of {', '.join(map(repr, MODES))}, or None; got {lossy!r}")
     if Path(out).exists():
@@ -91,6 +102,18 @@ def run(
     if scan and refresh_every is not None:
         raise UsageError("`refresh_every` chooses masks of the model's own leaves; leave out `scan`")
     start, params, shapes = made.patch, base, mesh.shapes_of(base)
+    base_id = checkpoint.digest(files := _files(model, shapes))
+    if made.base_id not in (None, base_id):
+        raise WrongBaseError(
+            f"the patch to go on from is for another base: `{model}` has the content id {base_id[:23]}, "
+            f"wanted {made.base_id[:23]}"
+        )
+    recipe = {**made.recipe, "seed": seed, "data": data_id, "steps": steps, "learning_rate": learning_rate}
+    recipe |= {} if quantise is None else {"quantise": quantise}
+    recipe |= {} if refresh_every is None else {"refresh_every": refresh_every}
+    about = {"base": base_id, "start": start_id(start), "batch_size": batch_size, "scan": scan}
+    about |= {"loss": _named(loss), "optimizer": _named(optimizer), "batched": batched}
+    state = claim(partial, {**recipe, **about})
     del base  # stacking gives its leaves away
     if scan:
         start = models.stack_patch(loaded, params, start)
@@ -104,24 +127,28 @@ def run(
         learning_rate=learning_rate,
         batch_size=batch_size,
         seed=seed,
-        folder=partial,
+        folder=state,
         loss=loss,
         optimizer=optimizer,
         remat=remat,
         scan=scan,
+        batched=batched,
         refresh=None if refresh_every is None else (again, refresh_every),
     )
-    recipe = {**made.recipe, "seed": seed, "data": data_id, "steps": steps, "learning_rate": learning_rate}
-    recipe |= {} if quantise is None else {"quantise": quantise}
-    recipe |= {} if refresh_every is None else {"refresh_every": refresh_every}
     patch = models.unstack_patch(loaded, shapes, patch) if scan else patch
-    if (
-        scan or quantise is not None or jax.process_count() > 1
-    ):  # the base is no longer here as it was; its files are
-        whole = tree.flatten(checkpoint.load_params(model))
-        params = {n: whole[n] for n in tree.flatten(shapes)}
     said = {**(metadata or {}), "recipe": recipe}
-    return _save(out, mesh.gather(patch), params, said, partial, lossy)
+    return _save(out, mesh.gather(patch), files, said, partial, lossy)
+
+
+def _files(model: str, shapes: Params) -> dict[str, Any]:
+    """Return the model's leaves as its files have them, mapped: what is on devices may be given away."""
+    found = tree.flatten(checkpoint.load_params(model))
+    return {n: found[n] for n in tree.flatten(shapes)}
+
+
+def _named(function: Callable[..., Any]) -> str:
+    inner = getattr(function, "func", function)  # of a partial
+    return getattr(inner, "__name__", type(inner).__name__)
 
 
 def _save(

@@ -42,11 +42,13 @@ def fit(
       The last state and the losses `[steps taken now]`.
 
     Raises:
-      UsageError: the batches end too early.
+      UsageError: the batches end too early; the state has taken more steps than it should.
     """
     if folder is not None and Path(folder).is_dir():
         state = restore_state(folder, state)
     start = int(state.step)
+    if start > steps:
+        raise UsageError(f"`folder` has the state of a training of {start} steps, more than {steps}")
     compiled = jax.jit(step, donate_argnums=0)
     losses = []
     todo = itertools.islice(batches, start, steps)
