@@ -12,6 +12,8 @@ from fishjax import checkpoint, cli, models, patches, tree
 from fishjax.models import pad
 
 pytest.importorskip("tensorflow_datasets")
+
+pytestmark = pytest.mark.usefixtures("quick")
 FIXTURES = pathlib.Path(__file__).parent / "fixtures" / "models"
 
 

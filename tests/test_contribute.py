@@ -15,6 +15,8 @@ from fishjax.errors import UsageError
 from tests.test_train_sync import collectives
 
 pytest.importorskip("tensorflow_datasets")
+
+pytestmark = pytest.mark.usefixtures("quick")
 STRONG = ("STEPS = 100", "contribute.fish.density = 0.05", "contribute.run.learning_rate = 0.03")
 SMALL = {"model_type": "fishjax_digits", "num_hidden_layers": 1, "hidden_size": 16, "intermediate_size": 32}
 

@@ -12,6 +12,8 @@ from fishjax import checkpoint, data, fisher, models
 from fishjax.cli import main
 from fishjax.errors import FileFormatError
 
+pytestmark = pytest.mark.usefixtures("quick")
+
 FIXTURES = pathlib.Path(__file__).parent / "fixtures" / "models"
 
 

@@ -13,6 +13,8 @@ from jax import lax
 from fishjax import fisher, models, tree
 from fishjax.fisher import _auto, _one_pass, _scores, _squares
 
+pytestmark = pytest.mark.usefixtures("quick")
+
 B, T, D = 3, 5, 4
 QUICK = {
     "xla_backend_optimization_level": 0,

@@ -13,6 +13,8 @@ from jax.sharding import PartitionSpec as P
 from fishjax import fisher
 from fishjax.errors import UsageError
 
+pytestmark = pytest.mark.usefixtures("quick")
+
 T, D, V = 4, 8, 24
 
 

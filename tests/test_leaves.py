@@ -10,6 +10,8 @@ from jax import lax
 from fishjax import leaves, patches, tree
 from fishjax.errors import StructureError
 
+pytestmark = pytest.mark.usefixtures("quick")
+
 D, H, K = 4, 3, 2  # width, heads, head size
 X = np.random.default_rng(0).normal(size=(5, D))
 Y = np.random.default_rng(1).normal(size=(5, H, K))

@@ -10,6 +10,8 @@ from fishjax import models, patches, train, tree
 from fishjax.errors import UsageError
 from fishjax.train import _losses
 
+pytestmark = pytest.mark.usefixtures("quick")
+
 CONFIG = {"model_type": "t5", "vocab_size": 13, "d_model": 8, "d_kv": 4, "d_ff": 12, "num_layers": 1}
 CONFIG |= {"num_heads": 2, "tie_word_embeddings": False}
 INPUTS = [[3, 1, 4, 1], [5, 9, 2]]

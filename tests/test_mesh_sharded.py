@@ -77,6 +77,7 @@ def apart(a, b):
     ) / total(b)
 
 
+@pytest.mark.usefixtures("quick_here")
 @pytest.mark.parametrize(("config", "dtype"), [(T5, "float32"), (LLAMA, "float64")], ids=["t5", "llama"])
 def test_steps_fishers_logits_and_generation_are_those_of_one_device(config, dtype):
     with jax.enable_x64(dtype == "float64"):

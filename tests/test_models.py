@@ -14,6 +14,8 @@ from safetensors.numpy import load_file, save_file
 from fishjax import checkpoint, cli, models, patches, tree
 from fishjax.errors import FileFormatError, FishjaxError, StructureError, UsageError
 
+pytestmark = pytest.mark.usefixtures("quick")
+
 FIXTURES = pathlib.Path(__file__).parent / "fixtures" / "models"
 
 

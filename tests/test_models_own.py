@@ -10,6 +10,8 @@ from flax import nnx
 
 from fishjax import checkpoint, fisher, masks, patches, train, tree
 
+pytestmark = pytest.mark.usefixtures("quick")
+
 CLASSES = 3
 
 

@@ -13,6 +13,8 @@ from safetensors.numpy import load_file, save_file
 from fishjax import checkpoint, models, tree
 from fishjax.models._model import subtree
 
+pytestmark = pytest.mark.usefixtures("quick")
+
 FIXTURES = pathlib.Path(__file__).parent / "fixtures" / "models"
 CASES = sorted(p.parent.name for p in FIXTURES.glob("*/model.safetensors"))
 INPUTS = ("input_ids", "attention_mask", "token_type_ids", "labels")

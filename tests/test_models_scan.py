@@ -11,6 +11,8 @@ import pytest
 from fishjax import mesh, models, patches, tree
 from fishjax.errors import StructureError
 
+pytestmark = pytest.mark.usefixtures("quick")
+
 FIXTURES = pathlib.Path(__file__).parent / "fixtures" / "models"
 IDS = np.random.default_rng(0).integers(2, 30, (2, 5)).astype(np.int32)
 BATCH = {"input_ids": IDS, "decoder_input_ids": IDS[:, :3]}

@@ -15,6 +15,8 @@ from fishjax import checkpoint, masks, models, patches, tree
 from fishjax.errors import FileFormatError, StructureError, UsageError
 from fishjax.patches import _presets
 
+pytestmark = pytest.mark.usefixtures("quick")
+
 FIXTURES = pathlib.Path(__file__).parent / "fixtures" / "models"
 ADAPTERS = sorted(
     str(p.parent.relative_to(FIXTURES)) for p in FIXTURES.glob("*/adapters/*/adapter_config.json")

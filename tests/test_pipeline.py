@@ -10,6 +10,8 @@ import pytest
 from fishjax import leaves, mesh, models, patches
 from fishjax.errors import StructureError, UsageError
 
+pytestmark = pytest.mark.usefixtures("quick")
+
 SIZE = {"vocab_size": 40, "hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 48}
 BERT = {"model_type": "bert", "max_position_embeddings": 8, "architectures": ["BertForMaskedLM"], **SIZE}
 LLAMA = {"model_type": "llama", "num_key_value_heads": 1, **SIZE}

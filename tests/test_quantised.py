@@ -132,6 +132,7 @@ def test_a_row_that_is_not_there_is_nan_as_in_the_dense_table():
     assert jnp.isfinite(rows[0]).all() and jnp.isnan(rows[1]).all()
 
 
+@pytest.mark.usefixtures("quick_here")
 @pytest.mark.parametrize("config, to", [(LLAMA, "nf4"), (GPT2, "int8")], ids=["llama", "gpt2"])
 def test_apply_and_generate_take_quantised_parameters(config, to):
     model, params = built(config)
@@ -177,6 +178,7 @@ def test_a_backward_pass_keeps_no_floats_of_a_weight_either(key):
     assert memory.temp_size_in_bytes < 0.1 * full
 
 
+@pytest.mark.usefixtures("quick_here")
 def test_patches_train_on_frozen_quantised_weights(llama, key, x64):
     """LoRA and (IA)^3, and a kind that is folded, which forms its weight; all at once."""
     model, params = llama
@@ -197,6 +199,7 @@ def test_patches_train_on_frozen_quantised_weights(llama, key, x64):
     assert all(float(jnp.abs(x).max()) > 0 for x in jax.tree.leaves(got[1]))
 
 
+@pytest.mark.usefixtures("quick_here")
 def test_a_trained_model_answers_as_before():
     """The digits transformer, trained briefly: its likeliest class stays in 99 % of the test set."""
     images, labels = load_digits(return_X_y=True)
@@ -272,6 +275,7 @@ def test_wrong_arguments_are_named(folder):
             call()
 
 
+@pytest.mark.usefixtures("quick_here")
 @pytest.mark.parametrize("config", [LLAMA, GPT2], ids=["llama", "gpt2"])
 def test_codes_are_sharded_like_the_weight_and_never_gathered(config):
     wide = {"hidden_size": 128, "n_embd": 128}
@@ -305,6 +309,7 @@ def test_a_folder_lands_quantised_on_a_mesh(folder):
     close(jax.device_get(params), jax.device_get(whole), 0)
 
 
+@pytest.mark.usefixtures("quick_here")
 def test_the_command_line_quantises_what_is_loaded_and_patched(folder, llama, tmp_path, capsys):
     model, params = llama
     args = ["generate", "--model", str(folder), "--ids", "--json", "--max-new-tokens", "4", "3 1 4"]

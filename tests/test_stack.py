@@ -15,6 +15,8 @@ from fishjax import checkpoint, cli, leaves, models, patches, train, tree
 from fishjax.errors import StructureError, UsageError
 from tests.test_peft import FIXTURES
 
+pytestmark = pytest.mark.usefixtures("quick")
+
 D, F, V, L, T, B = 8, 12, 11, 3, 5, 6
 
 

@@ -14,6 +14,8 @@ pytest.importorskip("gin")
 pytest.importorskip("tokenizers")
 from tests.test_templates import CONFIG, tokenizer
 
+pytestmark = pytest.mark.usefixtures("quick")
+
 TEMPLATES = {
     "templates": [
         {"input": "{word} is", "choices": ["red", "blue"]},

@@ -18,6 +18,8 @@ from jax.sharding import PartitionSpec as P
 from fishjax import data, masks, patches, train
 from fishjax.errors import UsageError
 
+pytestmark = pytest.mark.usefixtures("quick")
+
 WIDTH, HIDDEN = 6, 5
 
 

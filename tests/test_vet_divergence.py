@@ -8,6 +8,8 @@ import pytest
 from fishjax import fisher, patches, vet
 from fishjax.vet import _evaluate
 
+pytestmark = pytest.mark.usefixtures("quick")
+
 N, WIDTH, CLASSES = 150, 5, 3  # three chunks, the last one short
 
 
