@@ -248,6 +248,16 @@ def test_a_mask_is_refreshed_on_a_schedule(folder):
     assert metadata["recipe"]["refresh_every"] == 4 and not (folder / "p.safetensors.partial").exists()
 
 
+def test_another_mask_of_the_same_model_compiles_nothing_anew(caplog):
+    model = models.build(SMALL)
+    base = model.init(jax.random.key(0))
+    batch = {"image": np.zeros((2, 8, 8), np.float32), "label": np.arange(2, dtype=np.int32)}
+    with jax.log_compiles():
+        for params in (base, jax.tree.map(lambda x: x + 1, base)):
+            contribute.fish(jax.random.key(0), params, model, [batch], density=0.1)
+    assert caplog.text.count("Compiling jit(update)") == 1
+
+
 def test_only_a_mask_can_be_refreshed(folder):
     options = {"model": str(folder / "model"), "data_from": "bundled_digits", "out": str(folder / "q")}
     with pytest.raises(UsageError, match="made a patch without one"):

@@ -322,3 +322,12 @@ def nan_in_w2(params, example):
 def test_bad_input_says_what_to_do(problem, run, said):
     with pytest.raises(UsageError, match=said):
         run(*problem)
+
+
+def test_parameters_that_were_put_on_a_device_compile_once(caplog):
+    """As those of a checkpoint are: a first state that lay nowhere would compile `update` again."""
+    loss = lambda params, x: jnp.sum(jnp.tanh(params["w"] * x))
+    params = jax.device_put({"w": jnp.ones(3)}, jax.devices()[0])
+    with jax.log_compiles():
+        fisher.estimate(fisher.empirical(loss), params, [jnp.ones((2, 3))] * 3)
+    assert caplog.text.count("Compiling jit(update)") == 1

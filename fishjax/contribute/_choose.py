@@ -41,7 +41,7 @@ def fish(
     """
     del key
     _check_floats(base)
-    scores = fisher.estimate(fisher.empirical(loss(model)), base, batches)
+    scores = fisher.estimate(_empirical(model, loss), base, batches)
     examples = sum(data.examples(batch) for batch in batches)
     recipe = {"method": "fish", "density": density, "estimator": "empirical", "examples": examples}
     return _masked(base, masks.topk(scores, density=density, **rules), recipe)
@@ -162,6 +162,16 @@ def _check_floats(base: Params) -> None:
             f"`{odd[0]}` and {len(odd) - 1} more are quantised; new values of weights need the floats. "
             "Leave out `quantise`, or train `ia3` or `lora`"
         )
+
+
+def _empirical(model: models.Model, loss: Callable[[models.Model], LossFn]) -> fisher.FisherEstimator:
+    """Return the estimator of before if it is for the same: refreshing a mask compiles nothing anew."""
+    if not (_last and _last[0] is model and _last[1] is loss):
+        _last[:] = model, loss, fisher.empirical(loss(model))
+    return _last[2]
+
+
+_last: list[Any] = []  # a model, a loss of it and their estimator
 
 
 def _masked(base: Params, mask: Mask, recipe: dict[str, Any]) -> Made:

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding
+from jax.sharding import NamedSharding, SingleDeviceSharding
 
 from fishjax import progress, tree
 from fishjax.errors import UsageError
@@ -178,7 +178,7 @@ def estimate(
         raise UsageError("`batches` must be an iterable of batches; got one batch: pass `[batch]`")
     update = jax.jit(estimator.update, donate_argnums=0, static_argnames="sharding")
     if state is None:
-        state = estimator.init(params)
+        state = _beside(estimator.init(params), params)
     else:
         tree.check_same(state.total, jax.eval_shape(init, params).total, ("state", "params"))
         state = jax.tree.map(jnp.copy, state)  # `update` donates its own
@@ -257,6 +257,16 @@ def finalize(state: FisherState) -> Fisher:
     if not any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(state)):
         _check_state(state)
     return jax.tree.map(lambda x: x / state.count.astype(x.dtype), state.total)
+
+
+def _beside(state: FisherState, params: Params) -> FisherState:
+    """Return a new state on the one device to which parameters were put, if they were.
+
+    There `update` leaves it; one that is nowhere yet would be another type, compiled for once more.
+    """
+    places = {x.sharding for x in jax.tree.leaves(params) if isinstance(x, jax.Array) and x.committed}
+    one = len(places) == 1 and isinstance(next(iter(places)), SingleDeviceSharding)
+    return jax.device_put(state, places.pop()) if one else state
 
 
 def check_params(params: Params) -> None:

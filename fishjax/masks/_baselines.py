@@ -20,7 +20,8 @@ def random(key: Array, params: Params, **rules) -> Mask:
 
     flat = tree.flatten(params)
     keys = dict(zip(flat, jax.random.split(key, max(1, len(flat)))))
-    bits = {n: jax.random.bits(keys[n], x.shape, jnp.uint32) for n, x in flat.items()}
+    draw = jax.jit(jax.random.bits, static_argnames=("shape", "dtype"))  # one program a shape, not eight
+    bits = {n: draw(keys[n], shape=x.shape, dtype=jnp.uint32) for n, x in flat.items()}
     return topk(tree.rebuild(params, bits), **rules)
 
 
