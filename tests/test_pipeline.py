@@ -27,8 +27,8 @@ BATCH = {"input_ids": IDS, "attention_mask": MASK}
 def built(config, layers):
     name = {"t5": "num_layers", "bloom": "n_layer"}.get(config["model_type"], "num_hidden_layers")
     model = models.build({**config, name: layers})
-    noise = lambda x: x + 0.1 * jax.random.normal(jax.random.key(x.size), x.shape)
-    return model, jax.jit(lambda key: jax.tree.map(noise, model.init(key)))(jax.random.key(0))
+    noise = lambda x: x + 0.1 * np.random.default_rng(x.size).standard_normal(x.shape, np.float32)
+    return model, jax.tree.map(noise, model.init(jax.random.key(0)))
 
 
 def patched(params, sparse):
@@ -48,7 +48,13 @@ def both(apply, patch):
         return jnp.mean(jnp.sin(logits)), logits
 
     gradient, logits = jax.grad(loss, has_aux=True)(trainable)
-    return np.asarray(logits), gradient
+    return logits, gradient
+
+
+def both_alone(model, params, batch, patch):
+    """The same of one device, in one program; weights are arguments, so that none is folded as a constant."""
+    apply = lambda params: lambda patch: patches.unfolded(model.apply)(params, patch, batch)
+    return jax.jit(lambda params, patch: both(apply(params), patch))(params, patch)
 
 
 def apart(a, b):
@@ -62,8 +68,7 @@ def bert():
     """An encoder of four blocks, a patch, and what one device makes of them."""
     model, params = built({**BERT, "hidden_size": WIDE}, 4)
     patch = patched(params, "bert.encoder.layer.0.intermediate.dense.weight")
-    alone = jax.jit(lambda patch: patches.unfolded(model.apply)(params, patch, BATCH))
-    return model, params, patch, both(alone, patch)
+    return model, params, patch, both_alone(model, params, BATCH, patch)
 
 
 def test_unequal_stages_are_one_device(bert):
@@ -79,7 +84,7 @@ def test_ten_blocks_in_stages_of_5_2_1_2():
     model, params = built(DIGITS, 10)
     batch = {"image": np.random.default_rng(0).random((4, 8, 8), np.float32)}
     patch = jax.tree.map(lambda x: x + 0.05, patches.init_ia3(params, targets="paper"))
-    want = both(jax.jit(lambda patch: patches.unfolded(model.apply)(params, patch, batch)), patch)
+    want = both_alone(model, params, batch, patch)
     for wire, most in (("float", 1e-5), ("int8", 0.02)):
         line = mesh.staged(model, params, batch, [5, 2, 1, 2], wire=wire)
         got = both(lambda patch, line=line: line.apply(line.params, batch, patch), patch)
@@ -134,7 +139,7 @@ def test_encoder_and_decoder_in_unequal_stages():
     model, params = built(T5, 2)
     batch = {**BATCH, "labels": IDS[:, :3]}
     patch = jax.tree.map(lambda x: x + 0.05, patches.init_ia3(params, targets="paper"))
-    want = both(jax.jit(lambda patch: patches.unfolded(model.apply)(params, patch, batch)), patch)
+    want = both_alone(model, params, batch, patch)
     for wire, most in (("float", 1e-5), ("int8", 0.02)):
         line = mesh.staged(model, params, batch, [1, 3, 1], wire=wire)  # two, a norm, two
         got = both(lambda patch, line=line: line.apply(line.params, batch, patch), patch)
