@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from fishjax import checkpoint
+from fishjax.checkpoint import _atomic
 from fishjax.errors import FileFormatError, UsageError
 
 OLD = {"w": np.arange(4, dtype=np.float32)}
@@ -168,7 +169,7 @@ def test_killed_in_mid_write(tmp_path):
     got = [line.split() for line in done.stdout.splitlines()]
     assert [signal for signal, _ in got] == [str(int(signal.SIGKILL))] * 6
     assert [d for _, d in got] == [checkpoint.digest(OLD)] * 5 + [checkpoint.digest(NEW)]
-    assert len(list(tmp_path.glob(".*.tmp"))) == 5  # hidden, never read, and another save still works
+    assert os.listdir(tmp_path) == [path.name]  # what one left, the next one removed
     checkpoint.save_params(path, NEW)
 
 
@@ -212,3 +213,18 @@ def test_a_file_cut_while_it_is_read(tmp_path):
         os.truncate(path, path.stat().st_size - 4)
         with pytest.raises(FileFormatError, match="became shorter"):
             tensors.read_flat("w", 0, 4)
+
+
+@pytest.mark.parametrize("kind", [_atomic.atomic_file, _atomic.atomic_folder])
+def test_two_writers_leave_each_other_alone(tmp_path, kind):
+    """The later one must not take the earlier one's temporary for a dead writer's."""
+    left = tmp_path / ".out.0123456789abcdef.tmp"
+    left.write_text("of a killed process")
+    (tmp_path / ".out2.0123456789abcdef.tmp").write_text("of another file")
+    (tmp_path / ".out.tmp").write_text("somebody's own")
+    with kind(tmp_path / "out"):
+        assert not left.exists()
+        with kind(tmp_path / "out"):
+            assert len(list(tmp_path.glob(".out.*.tmp"))) == 2
+        assert len(list(tmp_path.glob(".out.*.tmp"))) == 1
+    assert sorted(os.listdir(tmp_path)) == [".out.tmp", ".out2.0123456789abcdef.tmp", "out"]

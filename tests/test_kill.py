@@ -93,14 +93,10 @@ for n in range(1, int(total) + 1):
 assert "jax" not in sys.modules
 print(json.dumps(seen))
 """
-TRAINING = """
+# It kills itself during its n-th save of a training's state.
+SAVING = """
 import os, signal, sys
-import jax, jax.numpy as jnp, optax
-from fishjax import checkpoint, masks, patches, train
 during_save = int(sys.argv[1])
-base = {"w": jnp.arange(12.0).reshape(4, 3)}
-loss = lambda params, example: ((example["x"] @ params["w"]) ** 2).sum()
-batches = ({"x": jax.random.normal(jax.random.key(i), (2, 4))} for i in range(20))
 if during_save:
     import orbax.checkpoint as ocp
     whole, saves = ocp.StandardCheckpointer.save, []
@@ -110,12 +106,23 @@ if during_save:
         if len(saves) == during_save:
             os.kill(os.getpid(), signal.SIGKILL)  # written in the background: somewhere in the middle
     ocp.StandardCheckpointer.save = save
+"""
+TRAINING = (
+    SAVING
+    + """
+import jax, jax.numpy as jnp, optax
+from fishjax import checkpoint, masks, patches, train
+base = {"w": jnp.arange(12.0).reshape(4, 3)}
+loss = lambda params, example: ((example["x"] @ params["w"]) ** 2).sum()
+batches = ({"x": jax.random.normal(jax.random.key(i), (2, 4))} for i in range(20))
 optimizer = optax.adam(0.1)
 patch = patches.init_sparse(base, masks.topk(base, density=0.5))
 state, _ = train.fit(train.init(patch, optimizer), train.make_step(loss, optimizer), base, batches,
                      steps=20, folder="state", every=4)
 print(checkpoint.save_patch("p", train.patch_of(state), base=base))
 """
+)
+COMMAND = SAVING + "from fishjax import cli; sys.exit(cli.main(sys.argv[2:]))"
 
 
 def run(script, *args, folder):
@@ -163,6 +170,7 @@ def test_a_killed_command_leaves_nothing_half_written_and_can_be_run_again(tmp_p
     remove()
     assert run(DYING, 0, *args, folder=tmp_path).returncode == 0
     assert content() == want
+    assert set(os.listdir(tmp_path)) == {"out"} | ({"f"} if command == "mask" else set())
 
 
 @pytest.mark.parametrize("out", ["out", "out.safetensors"])
@@ -185,3 +193,33 @@ def test_a_killed_training_goes_on_to_the_same_patch(tmp_path):
     again = run(TRAINING, 0, folder=tmp_path)
     assert again.stdout == straight.stdout, again.stderr
     assert (tmp_path / "p").read_bytes() == (tmp_path / "straight" / "p").read_bytes()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("refresh", [None, 600])
+def test_a_killed_fishjax_train_goes_on_to_the_same_patch(tmp_path, refresh):
+    pytest.importorskip("gin")
+    pytest.importorskip("tensorflow_datasets")
+    import jax
+
+    from fishjax import models
+
+    config = {"model_type": "fishjax_digits", "num_hidden_layers": 1, "hidden_size": 8}
+    model = models.build({**config, "intermediate_size": 16})
+    models.save(tmp_path / "model", model, model.init(jax.random.key(0)))
+
+    def train(out, during_save):
+        lines = ['MODEL = "model"', 'DATA = "bundled_digits"', f'OUT = "{out}"', "STEPS = 1100"]
+        lines += ["contribute.fish.density = 0.05", f"contribute.run.refresh_every = {refresh}"]
+        words = [word for line in lines for word in ("--gin_bindings", line)]
+        gin_file = f"{ROOT}/configs/train_fish.gin"
+        return run(COMMAND, during_save, "train", "--gin_file", gin_file, *words, folder=tmp_path)
+
+    straight = train("straight", 0)
+    assert straight.returncode == 0, straight.stderr
+    assert train("killed", 2).returncode == -signal.SIGKILL
+    assert (tmp_path / "killed.partial").is_dir() and not (tmp_path / "killed").exists()
+    again = train("killed", 0)
+    assert again.returncode == 0, again.stderr
+    assert (tmp_path / "killed").read_bytes() == (tmp_path / "straight").read_bytes()
+    assert not [name for name in os.listdir(tmp_path) if "partial" in name or "tmp" in name]

@@ -16,7 +16,7 @@ from fishjax.checkpoint._links import inside
 from fishjax.checkpoint._params import INDEX, REFUSED, SINGLE, ParamFiles, open_params
 from fishjax.checkpoint._patch import PatchFile, read_patch
 from fishjax.checkpoint._safetensors import release, write_file
-from fishjax.errors import FileFormatError, WrongBaseError
+from fishjax.errors import FileFormatError, UsageError, WrongBaseError
 from fishjax.progress import track
 from fishjax.types import Digest
 
@@ -52,10 +52,12 @@ def apply_file(
     Raises:
       WrongBaseError: the base is not the one that the patch is for; names the tensor.
       FileFormatError: a file is malformed or corrupt, or a result is not what the patch promises.
-      UsageError: `out` exists.
+      UsageError: `out` exists, or lies in the base's folder.
     """
     base, out = Path(base), Path(out)
     refuse_existing(out)
+    if base.resolve() in out.resolve().parents:
+        raise UsageError(f"`{out}` lies in the base `{base}`; give another name")
     file = read_patch(patch, lazy=True)
     with open_params(base) as tensors:
         digests = _check_base(patch, file, base, tensors, touched_only)

@@ -1,15 +1,23 @@
-"""Writes that happen wholly or not at all: temporary beside, fsync, rename, fsync of the folder."""
+"""Writes that happen wholly or not at all: temporary beside, fsync, rename, fsync of the folder.
+
+Who writes a temporary holds its lock, so one that nobody holds was left by a killed process, and the next
+write to the same name removes it.
+"""
 
 import contextlib
 import errno
+import fcntl
 import os
+import re
 import secrets
 import shutil
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from fishjax.errors import UsageError
+
+_TEMPORARY = re.compile(r"\.(.*)\.[0-9a-f]{16}\.tmp", re.DOTALL)
 
 
 @contextlib.contextmanager
@@ -37,22 +45,20 @@ def atomic_file(path: str | os.PathLike) -> Iterator[int]:
         if not (stat.S_ISREG(found.st_mode) or stat.S_ISLNK(found.st_mode)):
             raise UsageError(f"`{path}` exists and is no regular file; give the name of a file to write")
         mode = stat.S_IMODE(found.st_mode) if stat.S_ISREG(found.st_mode) else None
-    temp = _beside(path)
     flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | getattr(os, "O_NOFOLLOW", 0)
-    fd = os.open(temp, flags, 0o666)
+    temp, fd = _beside(path, lambda temp: os.open(temp, flags, 0o666))
     try:
-        try:
-            yield fd
-            if mode is not None:
-                os.fchmod(fd, mode)
-            os.fsync(fd)
-        finally:
-            os.close(fd)
+        yield fd
+        if mode is not None:
+            os.fchmod(fd, mode)
+        os.fsync(fd)
         os.replace(temp, path)
     except BaseException:
         with contextlib.suppress(OSError):
             os.unlink(temp)
         raise
+    finally:
+        os.close(fd)
     sync(path.parent)
 
 
@@ -72,8 +78,12 @@ def atomic_folder(path: str | os.PathLike) -> Iterator[Path]:
     """
     path = Path(path)
     refuse_existing(path)
-    temp = _beside(path)
-    os.mkdir(temp)
+
+    def make(temp: Path) -> int:
+        os.mkdir(temp)
+        return os.open(temp, os.O_RDONLY | os.O_CLOEXEC)
+
+    temp, fd = _beside(path, make)
     try:
         yield temp
         for folder, _, _ in os.walk(temp, topdown=False):
@@ -82,6 +92,8 @@ def atomic_folder(path: str | os.PathLike) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(temp, ignore_errors=True)
         raise
+    finally:
+        os.close(fd)
     sync(path.parent)
 
 
@@ -115,8 +127,47 @@ def sync(path: str | os.PathLike) -> None:
         os.close(fd)
 
 
-def _beside(path: Path) -> Path:
-    """Return a new, hidden name in the same folder, from which a rename suffices."""
+def _beside(path: Path, make: Callable[[Path], int]) -> tuple[Path, int]:
+    """Make something of a new, hidden name in the same folder, from which a rename suffices, and lock it.
+
+    What a killed process left there of an earlier write to `path` is removed.
+    """
+    if not path.name:
+        raise UsageError(f"`{path}` names nothing that could be written; give the name of a file or folder")
     if not path.parent.is_dir():
         raise FileNotFoundError(errno.ENOENT, "no such folder to write into", str(path.parent))
-    return path.with_name(f".{path.name[:64]}.{secrets.token_hex(8)}.tmp")
+    temp = path.with_name(f".{path.name[:64]}.{secrets.token_hex(8)}.tmp")
+    if _TEMPORARY.fullmatch(path.parent.name):  # new, and locked by whoever fills it
+        return temp, make(temp)
+    folder = os.open(path.parent, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        with contextlib.suppress(OSError):  # no locks here: then nothing is ever taken for left behind
+            fcntl.flock(folder, fcntl.LOCK_EX)  # nobody is between making a temporary and locking it
+        for name in os.listdir(folder):
+            if (found := _TEMPORARY.fullmatch(name)) and found[1] == path.name[:64]:
+                _remove_left(path.with_name(name))
+        fd = make(temp)
+        _lock(fd)
+        return temp, fd
+    finally:
+        os.close(folder)
+
+
+def _remove_left(temp: Path) -> None:
+    """Remove a temporary that nobody is writing."""
+    with contextlib.suppress(OSError):
+        fd = os.open(temp, os.O_RDONLY | os.O_CLOEXEC | getattr(os, "O_NOFOLLOW", 0))
+        try:
+            if _lock(fd):
+                shutil.rmtree(temp) if stat.S_ISDIR(os.fstat(fd).st_mode) else os.unlink(temp)
+        finally:
+            os.close(fd)
+
+
+def _lock(fd: int) -> bool:
+    """Take a lock that lasts as long as its file is open; say whether it was free."""
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True

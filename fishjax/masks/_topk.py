@@ -1,6 +1,7 @@
 """`topk`: the entries of largest score, under a budget and rules about names."""
 
 import itertools
+import numbers
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -89,6 +90,8 @@ def indices(
     >>> indices({"w": np.array([3.0, 1.0, 2.0, 0.0])}, density=0.5)
     {'w': array([0, 2])}
     """
+    if not (isinstance(minimum, numbers.Integral) and minimum >= 0):
+        raise UsageError(f"`minimum` must be a whole number, at least 0; got {minimum!r}")
     leaves = tree.flatten(scores)
     budget = _budget(leaves, density, rank, scope, include, exclude, always)
     sharded = any(is_sharded(x) for x in leaves.values())
@@ -168,10 +171,10 @@ def _budget(
     """Return which leaves share which budget, and which are kept whole."""
     if (density is None) == (rank is None):
         raise UsageError(f"give either `density` or `rank`; got {density} and {rank}")
-    if density is not None and not 0 < density <= 1:  # also refuses NaN
-        raise UsageError(f"`density` must lie in (0, 1]; got {density}")
-    if rank is not None and rank < 1:
-        raise UsageError(f"`rank` must be at least 1; got {rank}")
+    if density is not None and not (isinstance(density, numbers.Real) and 0 < density <= 1):  # nor NaN
+        raise UsageError(f"`density` must lie in (0, 1]; got {density!r}")
+    if rank is not None and not (isinstance(rank, numbers.Integral) and rank >= 1):
+        raise UsageError(f"`rank` must be a whole number, at least 1; got {rank!r}")
     if scope not in SCOPES:
         raise UsageError(f"`scope` must be one of {', '.join(map(repr, SCOPES))}; got {scope!r}")
     whole = tree.select(always, leaves) if always else set()
