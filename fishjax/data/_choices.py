@@ -52,7 +52,7 @@ def encode_choices(
 
 
 def check_choices(batch: Batch) -> None:
-    """Raise unless every choice has tokens and every answer is one of the choices.
+    """Raise unless every example has choices, every choice tokens, and every answer is one of the choices.
 
     Args:
       batch: `choices` int `[n, C, T]`; `choice_mask` and `answer` are optional.
@@ -73,7 +73,11 @@ def check_choices(batch: Batch) -> None:
         raise UsageError(
             f"choice {c} of example {i} has no tokens; it needs one, or a False in `choice_mask`"
         )
-    answer = np.asarray(batch.get("answer", np.zeros(len(choices), np.int32)))
+    for i in np.flatnonzero(~valid.any(-1)).tolist():
+        raise UsageError(f"example {i} has no choices; it needs at least one")
+    if "answer" not in batch:
+        return
+    answer = np.asarray(batch["answer"])
     inside = (answer >= 0) & (answer < choices.shape[1])
     inside[inside] = valid[inside, answer[inside]]
     for i in np.flatnonzero(~inside).tolist():

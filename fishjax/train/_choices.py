@@ -1,6 +1,6 @@
 """How likely a sequence-to-sequence model finds each of an example's choices, token by token."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import jax
@@ -29,7 +29,7 @@ def score_choices(model: Model) -> Callable[[Params, Example], TokenScores]:
     (absent: all count).
 
     Raises:
-      UsageError: a model without an encoder and a decoder.
+      UsageError: a model without an encoder and a decoder; of the result, an example without choices.
 
     >>> from fishjax import models
     >>> sizes = {"vocab_size": 7, "d_model": 4, "d_kv": 2, "d_ff": 4, "num_layers": 1, "num_heads": 2}
@@ -47,6 +47,7 @@ def score_choices(model: Model) -> Callable[[Params, Example], TokenScores]:
         )
 
     def scores(params: Params, example: Example) -> TokenScores:
+        check_fields(example, "input_ids", "choices")
         inputs = {n: example[n][None] for n in ("input_ids", "attention_mask") if n in example}
         choices = example["choices"]
         valid = example.get("choice_mask")
@@ -69,3 +70,17 @@ def score_choices(model: Model) -> Callable[[Params, Example], TokenScores]:
         return TokenScores(jnp.where(keep, log_p, 0), jnp.where(keep, log_not_p, 0), keep, valid)
 
     return scores
+
+
+def check_fields(example: Example, *names: str) -> None:
+    """Raise unless an example has these fields."""
+    if missing := [n for n in names if n not in example]:
+        raise UsageError(
+            f"choices are learnt and ranked from examples with {_listed(names)}; `{missing[0]}` is missing, "
+            f"there are {_listed(sorted(example)) or 'no fields'}. Give `choices` and `answer` in each line, "
+            "or `templates`; examples without choices have `models.example_loss`"
+        )
+
+
+def _listed(names: Iterable[str]) -> str:
+    return ", ".join(f"`{n}`" for n in names)
