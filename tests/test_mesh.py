@@ -1,6 +1,7 @@
 """Parameters laid out by rules, all else laid out like them, and results that are those of one device."""
 
 import pathlib
+import re
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,7 @@ import pytest
 from jax.sharding import AbstractMesh, AxisType, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
-from fishjax import leaves, mesh, models, patches, tree
+from fishjax import cli, leaves, mesh, models, patches, tree
 from fishjax.errors import UsageError
 
 FIXTURES = pathlib.Path(__file__).parent / "fixtures" / "models"
@@ -117,6 +118,31 @@ def test_every_family_has_rules_that_divide_its_matrices(case):
     # T5's tables of relative positions have a column a head, and the fixture an odd number of heads.
     assert all("relative" in n or all(d % 2 for d in flat[n].shape) for n in whole), whole
     assert set(models.FAMILIES) == set(mesh._rules.FAMILIES)
+
+
+@pytest.mark.parametrize(
+    ("axes", "said"),
+    [
+        ({"foo": 4}, r"`foo` is no axis .*near names: `data`, `fsdp`, `tensor`, `stage`"),
+        ({"data": 2, "tensors": 2}, "`tensors` is no axis .*near names: `tensor`"),
+        ({"fsdp": 2, "stage": 2}, r"`stage` divides stacked blocks .*`mesh.pipelined`"),
+    ],
+)
+def test_an_axis_that_would_divide_nothing_is_refused_by_name(axes, said, capsys):
+    model = models.load(FIXTURES / "gpt2")[0]
+    with pytest.raises(UsageError, match=said):
+        mesh.rules(model, AbstractMesh(tuple(axes.values()), tuple(axes)))
+    wanted = [f"{n}={size}" for n, size in axes.items()]
+    assert cli.main(["plot", "mesh", str(FIXTURES / "gpt2"), "--axes", *wanted]) == 2
+    assert re.search(said, capsys.readouterr().err)
+
+
+def test_an_axis_that_divides_no_leaf_is_warned_of():
+    model = models.load(FIXTURES / "gpt2")[0]
+    with pytest.warns(UserWarning, match=r"`tensor` \(61\) divides no leaf of this `gpt2`"):
+        rules = mesh.rules(model, AbstractMesh((2, 61), ("data", "tensor")))
+    assert rules[-1] == ("", P())
+    mesh.rules(model, AbstractMesh((61, 1), ("data", "tensor")))  # examples, and one device: nothing to say
 
 
 def test_heads_of_digits_are_divided():
