@@ -110,7 +110,7 @@ def mix(tasks: Sequence[Batch], *, seed: int, limit: int | None = None) -> Batch
       limit: at most so many examples of each task, so that large tasks do not drown the small ones.
 
     Raises:
-      UsageError: tasks of other fields.
+      UsageError: no task, or tasks of other fields.
 
     References: Sanh et al. 2022, arXiv 2110.08207, section 5: examples in proportion, capped.
 
@@ -119,6 +119,8 @@ def mix(tasks: Sequence[Batch], *, seed: int, limit: int | None = None) -> Batch
     >>> mix([small, wide], seed=0)["choices"].tolist()
     [[[5, -100], [-100, -100]], [[5, 6], [7, -100]]]
     """
+    if not tasks:
+        raise UsageError("`tasks` must hold at least one task; got none")
     rng = np.random.default_rng(seed)
     parts = []
     for task in tasks:
