@@ -6,11 +6,12 @@ import re
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from jax.sharding import AbstractMesh, AxisType, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
-from fishjax import cli, leaves, mesh, models, patches, tree
+from fishjax import cli, leaves, mesh, models, patches, train, tree
 from fishjax.errors import UsageError
 
 FIXTURES = pathlib.Path(__file__).parent / "fixtures" / "models"
@@ -191,6 +192,23 @@ def test_patches_fishers_masks_and_moments_follow_their_leaves():
     assert spec(state["dense"]["b"]["v"]) == ("fsdp",)
     again = mesh.follow(jax.eval_shape(lambda: state), placed)  # shapes, to compile ahead of time
     assert jax.tree.map(spec, again) == jax.tree.map(spec, state)
+
+
+def test_patches_side_by_side_are_divided_like_their_leaf_behind_the_axis_of_patches():
+    on = mesh.make(EIGHT)
+    placed = mesh.shard(
+        {"w": jnp.ones((8, 4)), "v": jnp.ones(8)}, [("w", P("fsdp", "tensor")), ("v", P("fsdp"))], on
+    )
+    scale = {"w": patches.Scale(jnp.ones((8, 1))), "v": patches.Dense(jnp.ones(8))}
+    low_rank = {"w": patches.LowRank(jnp.ones((1, 4, 2)), jnp.ones((8, 1, 2)))}
+    state = train.init(patches.stack([scale, low_rank, scale, low_rank]), optax.sgd(0.1, momentum=0.9))
+    moved = mesh.follow(state, placed)
+    for held in (moved.trainable, moved.opt_state[0].trace):
+        first, second = held.layers
+        assert spec(first["w"].kind.vector) == (None, "fsdp", None)  # [2, 8, 1]
+        assert spec(first["v"].kind.values) == (None, "fsdp")
+        assert spec(second["w"].kind.a) == (None, None, "tensor", None)
+        assert spec(second["w"].kind.b) == (None, "fsdp", None, None)
 
 
 def test_an_array_type_leaf_is_one_leaf_divided_like_it():

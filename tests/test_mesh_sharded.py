@@ -120,6 +120,33 @@ def test_steps_fishers_logits_and_generation_are_those_of_one_device(config, dty
         assert len(jax.tree.leaves(eight.opt_state[0].trace)[0].sharding.device_set) == 8
 
 
+def test_patches_side_by_side_train_and_generate_as_on_one_device():
+    model, params, _, batch = problem(LLAMA, "float32")
+    ids = {n: batch[n] for n in ("input_ids", "attention_mask")}
+    lora = lambda i: patches.init_lora(jax.random.key(i), params, rank=2, targets="paper")
+    start = patches.stack([patches.init_ia3(params, targets="paper"), lora(0), lora(1)])
+    tasks, rule = jnp.array([0, 1, 2, -1, 2, 1, 0, 0]), optax.sgd(0.1, momentum=0.9)
+    step = jax.jit(train.make_mixed_step(models.example_loss(model), rule))
+
+    def all_of_it(params, batch, place):
+        state = place(train.init(start, rule))
+        for _ in range(2):
+            state, loss = step(state, params, {**batch, "task_ids": tasks})
+        told = {n: batch[n] for n in ids}
+        chosen = patches.select(train.patch_of(state), np.asarray(tasks))
+        return state, loss, model.generate(params, told, max_new_tokens=3, patch=chosen)
+
+    one, loss, new = all_of_it(params, ids, lambda state: state)
+    on = mesh.make(AXES)
+    placed = mesh.shard(params, mesh.rules(model, on), on)
+    eight, same, sharded_new = all_of_it(
+        placed, mesh.shard_batch(ids, on), lambda state: mesh.follow(state, placed)
+    )
+    assert apart(eight.opt_state[0].trace, one.opt_state[0].trace) < TOLERANCE["float32"]
+    np.testing.assert_allclose(same, loss, rtol=1e-5)
+    jax.tree.map(np.testing.assert_array_equal, sharded_new, new)
+
+
 @pytest.mark.slow
 def test_a_contributors_run_on_a_mesh_makes_the_patch_of_one_device(tmp_path):
     model = models.build({**T5, "num_layers": 2})
