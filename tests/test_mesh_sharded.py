@@ -9,6 +9,7 @@ import optax
 import pytest
 
 from fishjax import checkpoint, contribute, fisher, masks, merge, mesh, models, patches, train, tree
+from tests.test_train_sync import collectives
 
 T5 = {
     "model_type": "t5",
@@ -203,24 +204,47 @@ def test_a_mask_is_refreshed_on_a_mesh_as_on_one_device():
         np.testing.assert_allclose(moved(spread)[name], x, rtol=1e-5, atol=1e-6)
 
 
-def test_elementwise_merging_of_sharded_models_gathers_nothing():
-    on = mesh.make(AXES)
-    model = models.build(LLAMA)
-    draw = lambda seed: mesh.shard(drawn(model, seed), mesh.rules(model, on), on)
-    a, b, base = map(draw, range(3))
-    squares = jax.tree.map(lambda x: x * x, base)
+# What all of a rule's arguments give, and whether it measures whole leaves: then one number a leaf is summed.
+MERGES = {
+    "average": (lambda a, b, base, f: merge.average([a, b], weights=[1, 2]), None),
+    "fisher": (lambda a, b, base, f: merge.fisher([a, b], fishers=[f, f]), None),
+    "task_arithmetic": (
+        lambda a, b, base, f: merge.task_arithmetic([a, b], base=base, weights=[0.5, 0.2]),
+        None,
+    ),
+    "gradient_matching": (
+        lambda a, b, base, f: merge.gradient_matching([a, b], base=base, fishers=[f, f], base_fisher=f),
+        None,
+    ),
+    "dare": (lambda a, b, base, f: merge.dare([a, b], base=base, density=0.5), None),
+    "ties": (lambda a, b, base, f: merge.ties([a, b], base=base, density=0.3, scope="global"), "u32"),
+    "breadcrumbs": (
+        lambda a, b, base, f: merge.breadcrumbs([a, b], base=base, density=0.5, gamma=0.1),
+        "u32",
+    ),
+    "slerp": (lambda a, b, base, f: merge.slerp([a, b], t=0.3), "f32"),
+    "model_stock": (lambda a, b, base, f: merge.model_stock([a, b], base=base), "f32"),
+}
 
-    def merged(a, b, base, squares):
-        return (
-            merge.average([a, b], weights=[1, 2]),
-            merge.fisher([a, b], fishers=[squares, squares]),
-            merge.task_arithmetic([a, b], base=base, weights=[0.5, 0.25]),
-        )
 
-    program = jax.jit(merged).lower(a, b, base, squares).compile()
-    text = program.as_text()
-    assert not any(word in text for word in ("all-gather", "all-reduce", "all-to-all", "collective-permute"))
-    found = program(a, b, base, squares)
-    alone = jax.jit(merged)(*jax.tree.map(lambda x: jnp.asarray(np.asarray(x)), (a, b, base, squares)))
-    jax.tree.map(np.testing.assert_array_equal, found, alone)  # within one rounding: here, bit for bit
-    assert found[0]["model"]["norm"]["weight"].sharding.mesh == on
+@pytest.fixture(scope="module")
+def divided():
+    """Two models, their base and a Fisher on eight devices, and the same on one."""
+    on, model = mesh.make(AXES), models.build(LLAMA)
+    a, b, base = (drawn(model, seed) for seed in range(3))
+    alone = (a, b, base, jax.tree.map(lambda x: x * x, base))
+    return [mesh.shard(x, mesh.rules(model, on), on) for x in alone], alone
+
+
+@pytest.mark.parametrize("rule", MERGES)
+def test_elementwise_merging_of_sharded_models_gathers_nothing(rule, divided):
+    merged, summed = MERGES[rule]
+    sharded, alone = divided
+    program = jax.jit(merged).lower(*sharded).compile()
+    sent = collectives(program)
+    assert set(sent) == ({("all-reduce", summed, 1)} if summed else set())
+    found, want = program(*sharded), jax.jit(merged)(*alone)
+    for x, y, like in zip(*map(jax.tree.leaves, (found, want, sharded[0])), strict=True):
+        assert x.sharding.is_equivalent_to(like.sharding, x.ndim)
+        # Within one rounding: here, bit for bit, but for sums of floats, whose order differs.
+        np.testing.assert_allclose(x, y, rtol=0, atol=2e-6 if summed == "f32" else 0)
