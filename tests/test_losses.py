@@ -221,7 +221,7 @@ def test_examples_without_choices_are_refused_by_name(model, params, missing):
     batch = {n: x for n, x in batch_of().items() if n != missing}
     example = {n: x[0] for n, x in batch.items()}
     for loss_of in (train.tfew_loss, train.choice_lm_loss):
-        with pytest.raises(UsageError, match=f"`{missing}` is missing, there are `"):
+        with pytest.raises(UsageError, match=f"`{missing}` is missing from the examples, which have `"):
             jax.eval_shape(loss_of(model), params, example)
     with pytest.raises(UsageError, match=f"`{missing}` is missing"):
         jax.eval_shape(train.legacy_tfew_loss(model), params, batch)

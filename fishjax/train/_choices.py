@@ -1,6 +1,6 @@
 """How likely a sequence-to-sequence model finds each of an example's choices, token by token."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -76,11 +76,7 @@ def check_fields(example: Example, *names: str) -> None:
     """Raise unless an example has these fields."""
     if missing := [n for n in names if n not in example]:
         raise UsageError(
-            f"choices are learnt and ranked from examples with {_listed(names)}; `{missing[0]}` is missing, "
-            f"there are {_listed(sorted(example)) or 'no fields'}. Give `choices` and `answer` in each line, "
-            "or `templates`; examples without choices have `models.example_loss`"
+            f"`{missing[0]}` is missing from the examples, which have {', '.join(f'`{n}`' for n in example)}; "
+            "choices are ranked by `input_ids` and `choices`, and learnt with `answer`. Give `choices` and "
+            "`answer` in each line, or `templates`; for examples without choices take `models.example_loss`"
         )
-
-
-def _listed(names: Iterable[str]) -> str:
-    return ", ".join(f"`{n}`" for n in names)

@@ -34,8 +34,9 @@ def tfew_loss(model: Model, *, unlikelihood: bool = True, length_normalised: boo
     scores_of = score_choices(model)
 
     def loss(params: Params, example: Example) -> Array:
-        check_fields(example, "input_ids", "choices", "answer")
-        scores, answer = scores_of(params, example), jnp.asarray(example["answer"])
+        scores = scores_of(params, example)
+        check_fields(example, "answer")
+        answer = jnp.asarray(example["answer"])
         terms = [lm_loss(scores, answer)]
         if unlikelihood:
             terms.append(unlikelihood_loss(scores, answer))
@@ -103,8 +104,9 @@ def legacy_tfew_loss(model: Model) -> BatchLossFn:
     scores_of = score_choices(model)
 
     def loss(params: Params, batch: Batch) -> Array:
-        check_fields(batch, "input_ids", "choices", "answer")
-        scores, answers = jax.vmap(scores_of, (None, 0))(params, batch), jnp.asarray(batch["answer"])
+        scores = jax.vmap(scores_of, (None, 0))(params, batch)
+        check_fields(batch, "answer")
+        answers = jnp.asarray(batch["answer"])
         terms = [f(scores.log_p, scores.keep, answers) for f in (legacy_lm_loss, legacy_unlikelihood_loss)]
         return terms[0] + terms[1] + jax.vmap(length_normalised_loss)(scores, answers).mean()
 
