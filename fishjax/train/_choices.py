@@ -75,8 +75,9 @@ def score_choices(model: Model) -> Callable[[Params, Example], TokenScores]:
 def check_fields(example: Example, *names: str) -> None:
     """Raise unless an example has these fields."""
     if missing := [n for n in names if n not in example]:
+        there = ", ".join(f"`{n}`" for n in example)
         raise UsageError(
-            f"`{missing[0]}` is missing from the examples, which have {', '.join(f'`{n}`' for n in example)}; "
+            f"`{missing[0]}` is missing from the examples, which have {there}; "
             "choices are ranked by `input_ids` and `choices`, and learnt with `answer`. Give `choices` and "
             "`answer` in each line, or `templates`; for examples without choices take `models.example_loss`"
         )
