@@ -4,7 +4,8 @@
 
 What is compared: "activations" are what the same step needs beside its arguments on one device that holds all
 parameters and one device's share of the examples. So a ratio of 1 is perfect sharding, and what is above it
-is what the mesh adds: gathered weights, mostly.
+is what the mesh adds: gathered weights, mostly. All is compiled with `CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED`,
+which `fishjax train` does not ask for: on CPUs it may need more than is shown here.
 """
 
 import json

@@ -161,10 +161,17 @@ def test_every_way_starts_with_no_change(make, options):
 
 
 @pytest.mark.parametrize("scan", [False, True])
-def test_workers_with_whole_models_reduce_the_patch_alone(scan):
+@pytest.mark.parametrize("kind", ["sparse", "ia3", "lora", "ia3 on int8"])
+def test_workers_with_whole_models_reduce_the_patch_alone(kind, scan):
     model = models.build({**SMALL, "num_hidden_layers": 2})
     base, on, rule = model.init(jax.random.key(0)), mesh.make({"data": 4}), optax.sgd(0.1)
-    patch = contribute.random(jax.random.key(1), base, model, [], density=0.01).patch
+    if kind == "sparse":
+        patch = contribute.random(jax.random.key(1), base, model, [], density=0.01).patch
+    elif kind == "lora":
+        patch = patches.init_lora(jax.random.key(1), base, rank=2, targets=["(query|mlp_in).kernel"])
+    else:
+        patch = patches.init_ia3(base, targets="paper")
+    base = leaves.quantise(base, "int8") if "int8" in kind else base
     rng = np.random.default_rng(0)
     rows = {"image": rng.random((8, 8, 8), np.float32), "label": rng.integers(0, 10, 8).astype(np.int32)}
     start, params = patch, base

@@ -216,6 +216,34 @@ def test_bad_choices(model, params):
         train.tfew_loss(models.build(bert, ["classifier.weight"]))
 
 
+@pytest.mark.parametrize("missing", ["choices", "answer", "input_ids"])
+def test_examples_without_choices_are_refused_by_name(model, params, missing):
+    batch = {n: x for n, x in batch_of().items() if n != missing}
+    example = {n: x[0] for n, x in batch.items()}
+    for loss_of in (train.tfew_loss, train.choice_lm_loss):
+        with pytest.raises(UsageError, match=f"`{missing}` is missing from the examples, which have `"):
+            jax.eval_shape(loss_of(model), params, example)
+    with pytest.raises(UsageError, match=f"`{missing}` is missing"):
+        jax.eval_shape(train.legacy_tfew_loss(model), params, batch)
+    if missing != "answer":  # ranking asks for none
+        for classify in (train.rank_classify(model), jax.jit(train.rank_classify(model))):
+            with pytest.raises(UsageError, match=f"`{missing}` is missing"):
+                classify(params, batch)
+
+
+def test_ranking_says_what_there_is_not_to_rank(model, params):
+    batch = {n: x for n, x in batch_of().items() if n != "answer"}
+    none = batch | {"choice_mask": np.array([[True, True, False], [False] * 3])}
+    with pytest.raises(UsageError, match="example 1 has no choices"):
+        train.rank_classify(model)(params, none)
+    empty = batch | {"choices": np.zeros((2, 0, 3), np.int32)}
+    empty.pop("choice_mask", None)
+    with pytest.raises(UsageError, match="example 0 has no choices"):
+        train.rank_classify(model)(params, empty)
+    with pytest.raises(UsageError, match="choice 0 of example 0 has no tokens"):
+        train.rank_classify(model)(params, batch | {"choices": np.zeros((2, 3, 0), np.int32)})
+
+
 def test_adafactor_takes_the_steps_of_its_paper():
     rng = np.random.default_rng(0)
     with jax.enable_x64(True):

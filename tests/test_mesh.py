@@ -1,15 +1,17 @@
 """Parameters laid out by rules, all else laid out like them, and results that are those of one device."""
 
 import pathlib
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from jax.sharding import AbstractMesh, AxisType, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
-from fishjax import leaves, mesh, models, patches, tree
+from fishjax import cli, leaves, mesh, models, patches, train, tree
 from fishjax.errors import UsageError
 
 FIXTURES = pathlib.Path(__file__).parent / "fixtures" / "models"
@@ -119,6 +121,31 @@ def test_every_family_has_rules_that_divide_its_matrices(case):
     assert set(models.FAMILIES) == set(mesh._rules.FAMILIES)
 
 
+@pytest.mark.parametrize(
+    ("axes", "said"),
+    [
+        ({"foo": 4}, r"`foo` is no axis .*near names: `data`, `fsdp`, `tensor`, `stage`"),
+        ({"data": 2, "tensors": 2}, "`tensors` is no axis .*near names: `tensor`"),
+        ({"fsdp": 2, "stage": 2}, r"`stage` divides stacked blocks .*`mesh.pipelined`"),
+    ],
+)
+def test_an_axis_that_would_divide_nothing_is_refused_by_name(axes, said, capsys):
+    model = models.load(FIXTURES / "gpt2")[0]
+    with pytest.raises(UsageError, match=said):
+        mesh.rules(model, AbstractMesh(tuple(axes.values()), tuple(axes)))
+    wanted = [f"{n}={size}" for n, size in axes.items()]
+    assert cli.main(["plot", "mesh", str(FIXTURES / "gpt2"), "--axes", *wanted]) == 2
+    assert re.search(said, capsys.readouterr().err)
+
+
+def test_an_axis_that_divides_no_leaf_is_warned_of():
+    model = models.load(FIXTURES / "gpt2")[0]
+    with pytest.warns(UserWarning, match=r"`tensor` \(61\) divides no leaf of this `gpt2`"):
+        rules = mesh.rules(model, AbstractMesh((2, 61), ("data", "tensor")))
+    assert rules[-1] == ("", P())
+    mesh.rules(model, AbstractMesh((61, 1), ("data", "tensor")))  # examples, and one device: nothing to say
+
+
 def test_heads_of_digits_are_divided():
     model = models.build({"model_type": "fishjax_digits"})
     on = AbstractMesh((2, 2), ("fsdp", "tensor"))
@@ -165,6 +192,23 @@ def test_patches_fishers_masks_and_moments_follow_their_leaves():
     assert spec(state["dense"]["b"]["v"]) == ("fsdp",)
     again = mesh.follow(jax.eval_shape(lambda: state), placed)  # shapes, to compile ahead of time
     assert jax.tree.map(spec, again) == jax.tree.map(spec, state)
+
+
+def test_patches_side_by_side_are_divided_like_their_leaf_behind_the_axis_of_patches():
+    on = mesh.make(EIGHT)
+    placed = mesh.shard(
+        {"w": jnp.ones((8, 4)), "v": jnp.ones(8)}, [("w", P("fsdp", "tensor")), ("v", P("fsdp"))], on
+    )
+    scale = {"w": patches.Scale(jnp.ones((8, 1))), "v": patches.Dense(jnp.ones(8))}
+    low_rank = {"w": patches.LowRank(jnp.ones((1, 4, 2)), jnp.ones((8, 1, 2)))}
+    state = train.init(patches.stack([scale, low_rank, scale, low_rank]), optax.sgd(0.1, momentum=0.9))
+    moved = mesh.follow(state, placed)
+    for held in (moved.trainable, moved.opt_state[0].trace):
+        first, second = held.layers
+        assert spec(first["w"].kind.vector) == (None, "fsdp", None)  # [2, 8, 1]
+        assert spec(first["v"].kind.values) == (None, "fsdp")
+        assert spec(second["w"].kind.a) == (None, None, "tensor", None)
+        assert spec(second["w"].kind.b) == (None, "fsdp", None, None)
 
 
 def test_an_array_type_leaf_is_one_leaf_divided_like_it():

@@ -9,6 +9,7 @@ import optax
 import pytest
 
 from fishjax import checkpoint, contribute, fisher, masks, merge, mesh, models, patches, train, tree
+from tests.test_train_sync import collectives
 
 T5 = {
     "model_type": "t5",
@@ -120,6 +121,33 @@ def test_steps_fishers_logits_and_generation_are_those_of_one_device(config, dty
         assert len(jax.tree.leaves(eight.opt_state[0].trace)[0].sharding.device_set) == 8
 
 
+def test_patches_side_by_side_train_and_generate_as_on_one_device():
+    model, params, _, batch = problem(LLAMA, "float32")
+    ids = {n: batch[n] for n in ("input_ids", "attention_mask")}
+    lora = lambda i: patches.init_lora(jax.random.key(i), params, rank=2, targets="paper")
+    start = patches.stack([patches.init_ia3(params, targets="paper"), lora(0), lora(1)])
+    tasks, rule = jnp.array([0, 1, 2, -1, 2, 1, 0, 0]), optax.sgd(0.1, momentum=0.9)
+    step = jax.jit(train.make_mixed_step(models.example_loss(model), rule))
+
+    def all_of_it(params, batch, place):
+        state = place(train.init(start, rule))
+        for _ in range(2):
+            state, loss = step(state, params, {**batch, "task_ids": tasks})
+        told = {n: batch[n] for n in ids}
+        chosen = patches.select(train.patch_of(state), np.asarray(tasks))
+        return state, loss, model.generate(params, told, max_new_tokens=3, patch=chosen)
+
+    one, loss, new = all_of_it(params, ids, lambda state: state)
+    on = mesh.make(AXES)
+    placed = mesh.shard(params, mesh.rules(model, on), on)
+    eight, same, sharded_new = all_of_it(
+        placed, mesh.shard_batch(ids, on), lambda state: mesh.follow(state, placed)
+    )
+    assert apart(eight.opt_state[0].trace, one.opt_state[0].trace) < TOLERANCE["float32"]
+    np.testing.assert_allclose(same, loss, rtol=1e-5)
+    jax.tree.map(np.testing.assert_array_equal, sharded_new, new)
+
+
 @pytest.mark.slow
 def test_a_contributors_run_on_a_mesh_makes_the_patch_of_one_device(tmp_path):
     model = models.build({**T5, "num_layers": 2})
@@ -176,24 +204,47 @@ def test_a_mask_is_refreshed_on_a_mesh_as_on_one_device():
         np.testing.assert_allclose(moved(spread)[name], x, rtol=1e-5, atol=1e-6)
 
 
-def test_elementwise_merging_of_sharded_models_gathers_nothing():
-    on = mesh.make(AXES)
-    model = models.build(LLAMA)
-    draw = lambda seed: mesh.shard(drawn(model, seed), mesh.rules(model, on), on)
-    a, b, base = map(draw, range(3))
-    squares = jax.tree.map(lambda x: x * x, base)
+# What all of a rule's arguments give, and whether it measures whole leaves: then one number a leaf is summed.
+MERGES = {
+    "average": (lambda a, b, base, f: merge.average([a, b], weights=[1, 2]), None),
+    "fisher": (lambda a, b, base, f: merge.fisher([a, b], fishers=[f, f]), None),
+    "task_arithmetic": (
+        lambda a, b, base, f: merge.task_arithmetic([a, b], base=base, weights=[0.5, 0.2]),
+        None,
+    ),
+    "gradient_matching": (
+        lambda a, b, base, f: merge.gradient_matching([a, b], base=base, fishers=[f, f], base_fisher=f),
+        None,
+    ),
+    "dare": (lambda a, b, base, f: merge.dare([a, b], base=base, density=0.5), None),
+    "ties": (lambda a, b, base, f: merge.ties([a, b], base=base, density=0.3, scope="global"), "u32"),
+    "breadcrumbs": (
+        lambda a, b, base, f: merge.breadcrumbs([a, b], base=base, density=0.5, gamma=0.1),
+        "u32",
+    ),
+    "slerp": (lambda a, b, base, f: merge.slerp([a, b], t=0.3), "f32"),
+    "model_stock": (lambda a, b, base, f: merge.model_stock([a, b], base=base), "f32"),
+}
 
-    def merged(a, b, base, squares):
-        return (
-            merge.average([a, b], weights=[1, 2]),
-            merge.fisher([a, b], fishers=[squares, squares]),
-            merge.task_arithmetic([a, b], base=base, weights=[0.5, 0.25]),
-        )
 
-    program = jax.jit(merged).lower(a, b, base, squares).compile()
-    text = program.as_text()
-    assert not any(word in text for word in ("all-gather", "all-reduce", "all-to-all", "collective-permute"))
-    found = program(a, b, base, squares)
-    alone = jax.jit(merged)(*jax.tree.map(lambda x: jnp.asarray(np.asarray(x)), (a, b, base, squares)))
-    jax.tree.map(np.testing.assert_array_equal, found, alone)  # within one rounding: here, bit for bit
-    assert found[0]["model"]["norm"]["weight"].sharding.mesh == on
+@pytest.fixture(scope="module")
+def divided():
+    """Two models, their base and a Fisher on eight devices, and the same on one."""
+    on, model = mesh.make(AXES), models.build(LLAMA)
+    a, b, base = (drawn(model, seed) for seed in range(3))
+    alone = (a, b, base, jax.tree.map(lambda x: x * x, base))
+    return [mesh.shard(x, mesh.rules(model, on), on) for x in alone], alone
+
+
+@pytest.mark.parametrize("rule", MERGES)
+def test_elementwise_merging_of_sharded_models_gathers_nothing(rule, divided):
+    merged, summed = MERGES[rule]
+    sharded, alone = divided
+    program = jax.jit(merged).lower(*sharded).compile()
+    sent = collectives(program)
+    assert set(sent) == ({("all-reduce", summed, 1)} if summed else set())
+    found, want = program(*sharded), jax.jit(merged)(*alone)
+    for x, y, like in zip(*map(jax.tree.leaves, (found, want, sharded[0])), strict=True):
+        assert x.sharding.is_equivalent_to(like.sharding, x.ndim)
+        # Within one rounding: here, bit for bit, but for sums of floats, whose order differs.
+        np.testing.assert_allclose(x, y, rtol=0, atol=2e-6 if summed == "f32" else 0)

@@ -76,7 +76,11 @@ def close(a, b, share):
 
 @pytest.mark.parametrize(
     "dtype, share, rows",
-    [pytest.param(jnp.float32, 1e-6, 5, marks=pytest.mark.slow), (jnp.float64, 1e-10, 2)],
+    [
+        (jnp.float32, 1e-6, 1),
+        (jnp.float64, 1e-10, 2),
+        pytest.param(jnp.float32, 1e-6, 5, marks=pytest.mark.slow),
+    ],
 )
 def test_each_row_is_its_patch_alone(dtype, share, rows):
     with jax.enable_x64(dtype == jnp.float64):
@@ -141,6 +145,9 @@ def test_ids_out_of_range_are_refused_or_give_nan_and_are_never_clamped():
     for odd in ([0.5], [[0]], 0):
         with pytest.raises(UsageError, match="integers"):
             patches.select(stacked, odd)
+    for not_stacked in (adapters()[:1], adapters()[0]):
+        with pytest.raises(UsageError, match=r"`stacked` must be the result of `patches\.stack`; got"):
+            patches.select(not_stacked, [0])
     traced = jax.jit(lambda ids: patches.unfolded(model)(params, patches.select(stacked, ids), IDS))
     got = np.asarray(traced(jnp.array([5, 0, -1, -2, 1, 99])))
     assert np.isnan(got).all(axis=(1, 2)).tolist() == [True, False, False, True, False, True]
@@ -270,8 +277,9 @@ def test_a_while_loop_keeps_the_factors(x64):
     assert patches.unfolded_report(loop)(params, patch, x) == []
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("case, temperature", [("t5_v1_1", 0.0), ("bloom", 0.7)])
+@pytest.mark.parametrize(
+    "case, temperature", [("t5_v1_1", 0.0), pytest.param("bloom", 0.7, marks=pytest.mark.slow)]
+)
 def test_generate_runs_each_prompt_under_its_patch(case, temperature, key):
     model, params = models.load(FIXTURES / case)
     made = [checkpoint.load_peft(FIXTURES / case / "adapters" / n, model, params) for n in ("ia3", "lora")]

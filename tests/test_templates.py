@@ -7,7 +7,7 @@ import pytest
 
 from fishjax import data, models
 from fishjax.data import Question, Template
-from fishjax.errors import UsageError
+from fishjax.errors import FileFormatError, UsageError
 
 tokenizers = pytest.importorskip("tokenizers")
 CONFIG = {"model_type": "t5", "vocab_size": 12, "d_model": 8, "d_kv": 4, "d_ff": 8, "num_layers": 1}
@@ -108,6 +108,14 @@ def test_rows_that_do_not_fit_are_refused(row, message):
         data.render(Template("{x}", ("a", "b")), row)
 
 
+def test_blank_choices_are_refused():
+    for blank in ("", " ", "\t\n"):
+        with pytest.raises(UsageError, match="choice 1 of the row is blank"):
+            data.render(Template("{x}", "{options}"), {"x": "a", "options": ["b", blank], "label": 0})
+        with pytest.raises(UsageError, match="choice 0 of the row is blank"):
+            data.render(Template("?", ("{x}", "b")), {"x": blank, "label": 1})
+
+
 def test_questions_become_arrays_padded_to_the_widest():
     model = models.build(CONFIG)
     questions = [Question("sky is", ("blue", "red red"), 0), Question("sky", ("green", "red", "is"), 2)]
@@ -142,6 +150,8 @@ def test_samples_and_mixtures():
     first = mixed["choices"][:4, 0, 0]
     assert (np.diff(first) > 0).all() and first.tolist() != [1, 3, 5, 7]
     data.check_choices(mixed)
+    with pytest.raises(UsageError, match="at least one task"):
+        data.mix([], seed=0)
     with pytest.raises(UsageError, match="must have the same"):
         data.mix([one, two | {"more": np.zeros(3)}], seed=0)
 
@@ -160,3 +170,10 @@ def test_lines_with_choices_and_lines_for_templates(tmp_path):
         (tmp_path / "c.jsonl").write_text(line)
         with pytest.raises(ValueError, match="line 1"):
             data.load_jsonl(tmp_path / "c.jsonl", tmp_path, model)
+    good = '{"text": "sky", "choices": ["red", "is"], "answer": 0}\n'
+    (tmp_path / "d.jsonl").write_text(good + '{"text": "sky", "choices": ["", "red"], "answer": 0}\n')
+    with pytest.raises(FileFormatError, match="line 2: choice 0 of `choices` is blank"):
+        data.load_jsonl(tmp_path / "d.jsonl", tmp_path, model)
+    (tmp_path / "e.jsonl").write_text('{"w": ["red", "is"], "label": 0}\n{"w": ["red", " "], "label": 0}\n')
+    with pytest.raises(UsageError, match=r"e\.jsonl`, line 2: choice 1 of the row is blank"):
+        data.load_jsonl(tmp_path / "e.jsonl", tmp_path, model, templates=[Template("sky is", "{w}")])

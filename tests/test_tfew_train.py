@@ -33,7 +33,9 @@ def standard_promotion():
         yield
 
 
-def test_from_a_mixture_to_few_shots(tmp_path, capsys):
+@pytest.fixture
+def world(tmp_path):
+    """A tiny T5 and a task in a folder, and `fit(config, name of the patch, *bindings)`."""
     model = models.build(CONFIG)
     rng, shapes = np.random.default_rng(0), jax.eval_shape(model.init, jax.random.key(0))
     params = jax.tree.map(lambda x: jnp.asarray(0.3 * rng.normal(size=x.shape), jnp.float32), shapes)
@@ -42,8 +44,6 @@ def test_from_a_mixture_to_few_shots(tmp_path, capsys):
     (tmp_path / "task.yaml").write_text(json.dumps(TEMPLATES))
     lines = [{"word": word, "label": label} for word, label in [("sky", 1), ("green", 0)] * 4]
     (tmp_path / "task.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    other = {"text": "blue", "choices": ["red", "green", "sky"], "answer": 2}
-    (tmp_path / "other.jsonl").write_text(json.dumps(other))
 
     def fit(config, out, *bindings):
         names = {"MODEL": tmp_path / "model", "DATA": tmp_path / "task.jsonl", "OUT": tmp_path / out}
@@ -52,6 +52,13 @@ def test_from_a_mixture_to_few_shots(tmp_path, capsys):
         words = [word for line in lines for word in ("--gin_bindings", line)]
         return cli.main(["train", "--gin_file", f"configs/{config}.gin", *words])
 
+    return model, params, fit
+
+
+def test_from_a_mixture_to_few_shots(tmp_path, world, capsys):
+    model, params, fit = world
+    other = {"text": "blue", "choices": ["red", "green", "sky"], "answer": 2}
+    (tmp_path / "other.jsonl").write_text(json.dumps(other))
     mixture = f'["{tmp_path}/task.jsonl", "{tmp_path}/other.jsonl"]'
     pretraining = [
         f"contribute.run.data_from = {mixture}",
@@ -103,6 +110,27 @@ def test_from_a_mixture_to_few_shots(tmp_path, capsys):
         assert "for another base" in capsys.readouterr().err
     assert fit("train_tfew", "x.safetensors", f"contribute.run.data_from = {mixture}") == 2
     assert "one file of `templates` for each" in capsys.readouterr().err
+
+
+def test_the_recipe_for_t0_on_a_mesh_of_data_makes_the_patch_of_one_device(tmp_path, world):
+    _, params, fit = world
+    start = tmp_path / "pre.safetensors"
+    checkpoint.save_patch(start, patches.init_ia3(params, targets="paper"), base=params)
+    short = [f'PRETRAINED = "{start}"', "STEPS = 4", "contribute.run.learning_rate = 0.1"]
+    assert fit("tfew/few_shot", "one.safetensors", *short) == 0
+    assert fit("tfew/t0_3b", "eight.safetensors", *short, 'AXES = {"data": 8}') == 0
+    one, eight = (checkpoint.load_patch(tmp_path / f"{name}.safetensors")[0] for name in ("one", "eight"))
+    assert one.keys() == eight.keys()
+    assert max(np.abs(kind.vector - 1).max() for kind in one.values()) > 0.01  # it learnt something
+    for name, kind in one.items():
+        np.testing.assert_allclose(eight[name].vector, kind.vector, rtol=1e-4, atol=1e-5)
+
+
+def test_lines_without_choices_are_refused_in_one_line(tmp_path, world, capsys):
+    (tmp_path / "task.jsonl").write_text('{"text": "sky", "target": "blue"}\n' * 4)
+    assert world[2]("train_tfew", "x.safetensors", "TEMPLATES = None") == 2
+    said = capsys.readouterr().err.strip().splitlines()
+    assert "`choices` is missing" in said[-1] and "`models.example_loss`" in said[-1]
 
 
 def test_a_step_on_a_mesh_is_that_of_one_device():

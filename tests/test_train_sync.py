@@ -15,7 +15,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from fishjax import data, masks, patches, train
+from fishjax import data, leaves, masks, patches, train
 from fishjax.errors import UsageError
 
 pytestmark = pytest.mark.usefixtures("quick")
@@ -156,15 +156,26 @@ def test_local_steps_are_those_of_workers_in_a_loop(which):
     assert [x.shape for x in moments] == [(workers, max(map(masks.count, parts)))] * 2  # 2k a worker
 
 
-def test_one_local_step_with_plain_means_is_a_parallel_step():
+@pytest.mark.parametrize("unfold", [False, True])
+@pytest.mark.parametrize("kind", ["lora", "ia3"])
+def test_a_local_step_a_parallel_step_and_one_on_one_device_agree(kind, unfold):
     params, rows, loss = problem()
-    patch = patches.init_lora(jax.random.key(0), params, rank=2, targets="^[ab]$")
-    ways = train.local_steps(loss, optax.sgd(0.05), optax.sgd(1.0), mesh_of(8), steps=1)
+    if kind == "lora":
+        patch = patches.init_lora(jax.random.key(0), params, rank=2, targets="^[ab]$")
+    else:
+        patch = patches.init_ia3(params, targets={"^[ab]$": -1})
+    sgd = optax.sgd(0.05)
+    alone, _ = train.fit(
+        train.init(patch, sgd), train.make_step(loss, sgd), params, data.batches(rows, 16), steps=3
+    )
+    options = {"apply": patches.unfold} if unfold else {}
+    loss = leaves.interpret(loss) if unfold else loss
+    ways = train.local_steps(loss, sgd, optax.sgd(1.0), mesh_of(8), steps=1, **options)
     local, _ = train.fit(ways.init(patch), ways.step, params, data.batches(rows, 16), steps=3)
-    step = train.make_parallel_step(loss, optax.sgd(0.05), mesh_of(8))
-    start = train.init(patch, optax.sgd(0.05))
-    parallel, _ = train.fit(start, step, params, data.batches(rows, 16), steps=3)
+    step = train.make_parallel_step(loss, sgd, mesh_of(8), **options)
+    parallel, _ = train.fit(train.init(patch, sgd), step, params, data.batches(rows, 16), steps=3)
     close(local.trainable, parallel.trainable)
+    close(parallel.trainable, alone.trainable)
 
 
 @pytest.mark.parametrize("disjoint", [False, True])

@@ -52,7 +52,7 @@ def encode_choices(
 
 
 def check_choices(batch: Batch) -> None:
-    """Raise unless every choice has tokens and every answer is one of the choices.
+    """Raise unless every example has choices, every choice tokens, and every answer is one of the choices.
 
     Args:
       batch: `choices` int `[n, C, T]`; `choice_mask` and `answer` are optional.
@@ -73,7 +73,11 @@ def check_choices(batch: Batch) -> None:
         raise UsageError(
             f"choice {c} of example {i} has no tokens; it needs one, or a False in `choice_mask`"
         )
-    answer = np.asarray(batch.get("answer", np.zeros(len(choices), np.int32)))
+    for i in np.flatnonzero(~valid.any(-1)).tolist():
+        raise UsageError(f"example {i} has no choices; it needs at least one")
+    if "answer" not in batch:
+        return
+    answer = np.asarray(batch["answer"])
     inside = (answer >= 0) & (answer < choices.shape[1])
     inside[inside] = valid[inside, answer[inside]]
     for i in np.flatnonzero(~inside).tolist():
@@ -106,7 +110,7 @@ def mix(tasks: Sequence[Batch], *, seed: int, limit: int | None = None) -> Batch
       limit: at most so many examples of each task, so that large tasks do not drown the small ones.
 
     Raises:
-      UsageError: tasks of other fields.
+      UsageError: no task, or tasks of other fields.
 
     References: Sanh et al. 2022, arXiv 2110.08207, section 5: examples in proportion, capped.
 
@@ -115,6 +119,8 @@ def mix(tasks: Sequence[Batch], *, seed: int, limit: int | None = None) -> Batch
     >>> mix([small, wide], seed=0)["choices"].tolist()
     [[[5, -100], [-100, -100]], [[5, 6], [7, -100]]]
     """
+    if not tasks:
+        raise UsageError("`tasks` must hold at least one task; got none")
     rng = np.random.default_rng(seed)
     parts = []
     for task in tasks:

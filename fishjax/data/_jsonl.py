@@ -44,7 +44,7 @@ def load_jsonl(
       FileFormatError: a line is malformed, or of another form than the first; its labels are not those of
         a model of this kind, or out of range.
       UsageError: there is text and no tokenizer, a target and no decoder; the model takes no tokens; there
-        are fewer lines than `shots`.
+        are fewer lines than `shots`; a template does not fit a line.
     """
     numbers, rows = _rows(Path(path), _problem if templates is None else _no_row)
     if shots is not None:
@@ -52,7 +52,7 @@ def load_jsonl(
         numbers, rows = [numbers[i] for i in kept], [rows[i] for i in kept]
     fields = set(rows[0])
     if templates is not None:
-        return encode_choices(render_all(templates, rows), load_tokenizer(folder, model), model)
+        return encode_choices(_rendered(path, templates, numbers, rows), load_tokenizer(folder, model), model)
     if "choices" in fields:
         questions = [Question(row["text"], tuple(row["choices"]), row["answer"]) for row in rows]
         return encode_choices(questions, load_tokenizer(folder, model), model)
@@ -84,6 +84,19 @@ def load_jsonl(
     return batch | {
         "labels": np.array(labels, np.int32) if isinstance(labels[0], int) else _padded(labels, -100)
     }
+
+
+def _rendered(
+    path: str | Path, templates: Sequence[Template], numbers: list[int], rows: list[dict[str, Any]]
+) -> list[Question]:
+    """Return each line under each template; an error names the line."""
+    questions: list[Question] = []
+    for number, row in zip(numbers, rows):
+        try:
+            questions += render_all(templates, [row])
+        except UsageError as error:
+            raise UsageError(f"`{path}`, line {number}: {error}") from None
+    return questions
 
 
 def _rows(path: Path, problem_of: Callable[[Any, Any], str | None]) -> tuple[list[int], list[dict[str, Any]]]:
@@ -132,6 +145,8 @@ def _problem(row: Any, first: Any) -> str | None:
         ok |= {"choices": texts, "answer": type(value) is int}
         if not ok.get(name, isinstance(value, str)):
             return f"`{name}` is {value!r:.40}"
+    if blank := [c for c, text in enumerate(row.get("choices", [])) if not text.strip()]:
+        return f"choice {blank[0]} of `choices` is blank; give it a text, or leave it out"
     if {k: type(v) for k, v in row.items()} != {k: type(v) for k, v in first.items()}:
         return f"holds {sorted(names)} where the first line holds {sorted(first)}, or of another type"
     return None

@@ -69,8 +69,8 @@ def render(template: Template, row: Row) -> Question:
       row: its fields; the label is an int that counts the choices from 0.
 
     Raises:
-      UsageError: a field is missing or of another kind, there are fewer than one choices, or the label is
-        none of them.
+      UsageError: a field is missing or of another kind, there are fewer than one choices, one is blank, or
+        the label is none of them.
 
     >>> template = Template("{word}: {kind} or not?", ("yes", "no, {word} is not"))
     >>> render(template, {"word": "oak", "kind": "tree", "label": 0})
@@ -83,6 +83,8 @@ def render(template: Template, row: Row) -> Question:
             raise UsageError(f"the row's `{name}` must be a list of texts; got {_short(choices)}")
     else:
         choices = [_fill(choice, row) for choice in template.choices]
+    if blank := [c for c, choice in enumerate(choices) if not choice.strip()]:
+        raise UsageError(f"choice {blank[0]} of the row is blank: {_short(list(choices))}; give it a text")
     answer = _field(row, template.label)
     if (
         isinstance(answer, bool)
@@ -130,7 +132,8 @@ def _template(entry: Any, where: str) -> Template:
                 f"`choices` of {where} must be a list of texts or one field; got {_short(choices)}"
             )
         return Template(text, choices, label)
-    if not isinstance(choices, list) or not choices or not all(isinstance(c, str) and c for c in choices):
+    texts = isinstance(choices, list) and all(isinstance(c, str) and c.strip() for c in choices)
+    if not choices or not texts:
         raise UsageError(
             f"`choices` of {where} must be texts (quote yes and no) or one field; got {_short(choices)}"
         )

@@ -6,14 +6,18 @@ attention and one after the feed-forward layer. "fsdp" divides the other dimensi
 1910.02054). Layouts are the file's: a torch `Linear` is `[out, in]`, GPT-2's `Conv1D` `[in, out]`.
 """
 
+import difflib
 import re
+import warnings
 
 import jax
 from jax.sharding import PartitionSpec
 
 from fishjax import models, tree
 from fishjax.errors import UsageError
-from fishjax.mesh._shard import AnyMesh, SpecRules
+from fishjax.mesh._shard import AnyMesh, SpecRules, shardings
+
+AXES = ("data", "fsdp", "tensor", "stage")  # what families' rules, batches and pipelines are divided over
 
 Family = list[tuple[str, tuple[str | None, ...]]]
 
@@ -76,11 +80,12 @@ FAMILIES: dict[str, Family] = {
 def rules(model: models.Model, mesh: AnyMesh) -> SpecRules:
     """Return the sharding rules of a model's family for the axes of a mesh.
 
-    Stacked leaves (`models.scanned`) have their blocks on "stage". An axis that the mesh does not have
-    divides nothing; norms and what else is small is replicated.
+    Stacked leaves (`models.scanned`) have their blocks on "stage". Norms and what else is small is
+    replicated; a warning names an axis that divides no leaf at all.
 
     Raises:
-      UsageError: a family that has no rules.
+      UsageError: a family that has no rules; an axis of another name than "data", "fsdp", "tensor" and
+        "stage", or "stage" where blocks are not stacked: it would divide nothing.
 
     >>> from jax.sharding import AbstractMesh
     >>> config = {"model_type": "gpt2", "vocab_size": 11, "n_embd": 8}
@@ -91,11 +96,38 @@ def rules(model: models.Model, mesh: AnyMesh) -> SpecRules:
     if model.family not in FAMILIES:
         known = ", ".join(f"`{f}`" for f in FAMILIES)
         raise UsageError(f"`{model.family}` has no sharding rules; they are known for {known}. Pass your own")
-    names = tree.names(jax.eval_shape(model.init, jax.random.key(0)))
+    shapes = jax.eval_shape(model.init, jax.random.key(0))
+    names = tree.names(shapes)
+    _check_axes(mesh, names)
     here = lambda spec: PartitionSpec(*(a if a in mesh.shape else None for a in spec))
     found = FAMILIES[model.family]
     # Stacked leaves (`models.scanned`), `... .*. ...`, have the blocks as their first axis.
     both = [(rf"^(?=.*\*\.)(?=.*(?:{p}))", ("stage", *spec)) for p, spec in found] + found
     # A family's rules are for all its checkpoints: tied or not, with biases or without.
     used = [(p, here(spec)) for p, spec in both if any(re.search(p, n) for n in names)]
-    return [*used, ("", PartitionSpec())]
+    chosen = [*used, ("", PartitionSpec())]
+    where = [a for s in shardings(shapes, chosen, mesh).values() for a in s.spec]
+    if idle := [a for a in AXES[1:] if mesh.shape.get(a, 1) > 1 and a not in where]:
+        axes = ", ".join(f"`{a}` ({mesh.shape[a]})" for a in idle)
+        warnings.warn(
+            f"{axes} divides no leaf of this `{model.family}`: the devices along it all hold the same",
+            stacklevel=2,
+        )
+    return chosen
+
+
+def _check_axes(mesh: AnyMesh, names: list[str]) -> None:
+    """Raise where the name of an axis tells that it divides nothing."""
+    for axis in mesh.shape:
+        if axis not in AXES:
+            near = difflib.get_close_matches(axis, AXES, n=2) or AXES
+            raise UsageError(
+                f"`{axis}` is no axis that parameters or examples are divided over; near names: "
+                + ", ".join(f"`{a}`" for a in near)
+                + ". Rename it, or pass rules of your own"
+            )
+    if "stage" in mesh.shape and not any(".*." in n for n in names):
+        raise UsageError(
+            "`stage` divides stacked blocks (`models.scanned`), or those of `mesh.pipelined`, which takes no "
+            'rules; these blocks are not stacked. Use "data", "fsdp" or "tensor"'
+        )

@@ -14,6 +14,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionS
 
 from fishjax import leaves, tree
 from fishjax.errors import UsageError
+from fishjax.patches._stack import Rows
 from fishjax.types import Batch, Params
 
 SpecRules = tree.Rules[PartitionSpec]
@@ -112,8 +113,9 @@ def follow(tree_: Any, params: Params) -> Any:
 
     An array belongs to the leaf whose name is in its path (a patch's keys, a moment's place). Its
     dimensions are divided like those of the leaf where that is possible: a `Scale` or `LowRank` factor
-    along the axes that it has, a Fisher or a mask everywhere. What belongs to no leaf, and flat lists of
-    positions and values (`Sparse`), is replicated.
+    along the axes that it has, a Fisher or a mask everywhere, patches side by side (`patches.stack`) behind
+    the axis of the patches, which is whole. What belongs to no leaf, and flat lists of positions and values
+    (`Sparse`), is replicated.
 
     Args:
       tree_: any pytree of arrays, or of shapes.
@@ -200,7 +202,7 @@ def fitting(shape: Sequence[int], spec: PartitionSpec, mesh: AnyMesh) -> Partiti
 def _placed(tree_: Any, where: Mapping[str, Any]) -> Any:
     """Put every array of a tree where the leaf that it belongs to lies."""
     where = {n: s if isinstance(s, tuple) else (s, len(s.spec)) for n, s in where.items()}
-    mesh = next(iter(where.values()))[0].mesh
+    mesh, side_by_side = next(iter(where.values()))[0].mesh, _in_rows(tree_)
 
     def place(path: str, x: Any) -> Any:
         if hasattr(x, "shardings") and path in where:
@@ -208,11 +210,19 @@ def _placed(tree_: Any, where: Mapping[str, Any]) -> Any:
         if leaves.is_leaf(x):
             return jax.tree.map(lambda part: place(path, part), x)
         sharding, rank = where.get(_owner(path, where), (None, 0))
+        rows, spec = int(path in side_by_side), PartitionSpec()
         # A flat list of entries has fewer dimensions than the leaf: none of them is one of the leaf's.
-        spec = sharding.spec if sharding is not None and len(x.shape) >= rank else PartitionSpec()
+        if sharding is not None and len(x.shape) >= rows + rank:
+            spec = PartitionSpec(*[None] * rows, *sharding.spec)
         return _put(x, NamedSharding(mesh, fitting(x.shape, spec, mesh)))
 
     return tree.map_named(place, tree_)
+
+
+def _in_rows(tree_: Any) -> set[str]:
+    """Return the names of the arrays that hold several patches side by side."""
+    is_rows = lambda x: isinstance(x, Rows)
+    return set(tree.names(jax.tree.map(lambda x: x if is_rows(x) else None, tree_, is_leaf=is_rows)))
 
 
 def _owner(path: str, where: Mapping[str, Any]) -> str:

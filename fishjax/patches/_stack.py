@@ -113,13 +113,18 @@ def select(stacked: Stacked, task_ids: Any) -> Selected:
         checked: one that is out of range gives NaN.
 
     Raises:
-      UsageError: an id that is out of range, or no integer.
+      UsageError: an id that is out of range, or no integer; patches that are not stacked.
 
     >>> select(stack([{"w": Scale(jnp.ones((1, 2)))}]), [0, 1])
     Traceback (most recent call last):
         ...
     fishjax.errors.UsageError: `task_ids` must lie in [-1, 0] with 1 patch stacked; got 1
     """
+    if not isinstance(stacked, Stacked):
+        raise UsageError(
+            f"`stacked` must be the result of `patches.stack`; got {type(stacked).__name__}. Stack the "
+            "patches first: `select(stack([p0, p1]), task_ids)`"
+        )
     ids = task_ids if isinstance(task_ids, jax.Array) else np.asarray(task_ids)
     if ids.ndim != 1 or not jnp.issubdtype(ids.dtype, jnp.integer):
         raise UsageError(f"`task_ids` must be integers [B]; got {tree.describe(ids)}")

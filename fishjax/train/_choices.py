@@ -29,7 +29,7 @@ def score_choices(model: Model) -> Callable[[Params, Example], TokenScores]:
     (absent: all count).
 
     Raises:
-      UsageError: a model without an encoder and a decoder.
+      UsageError: a model without an encoder and a decoder; of the result, an example without choices.
 
     >>> from fishjax import models
     >>> sizes = {"vocab_size": 7, "d_model": 4, "d_kv": 2, "d_ff": 4, "num_layers": 1, "num_heads": 2}
@@ -47,6 +47,7 @@ def score_choices(model: Model) -> Callable[[Params, Example], TokenScores]:
         )
 
     def scores(params: Params, example: Example) -> TokenScores:
+        check_fields(example, "input_ids", "choices")
         inputs = {n: example[n][None] for n in ("input_ids", "attention_mask") if n in example}
         choices = example["choices"]
         valid = example.get("choice_mask")
@@ -69,3 +70,14 @@ def score_choices(model: Model) -> Callable[[Params, Example], TokenScores]:
         return TokenScores(jnp.where(keep, log_p, 0), jnp.where(keep, log_not_p, 0), keep, valid)
 
     return scores
+
+
+def check_fields(example: Example, *names: str) -> None:
+    """Raise unless an example has these fields."""
+    if missing := [n for n in names if n not in example]:
+        there = ", ".join(f"`{n}`" for n in example)
+        raise UsageError(
+            f"`{missing[0]}` is missing from the examples, which have {there}; "
+            "choices are ranked by `input_ids` and `choices`, and learnt with `answer`. Give `choices` and "
+            "`answer` in each line, or `templates`; for examples without choices take `models.example_loss`"
+        )

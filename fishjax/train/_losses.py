@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from fishjax.models import Model
-from fishjax.train._choices import TokenScores, score_choices
+from fishjax.train._choices import TokenScores, check_fields, score_choices
 from fishjax.types import Array, Batch, BatchLossFn, Example, LossFn, Params
 
 
@@ -17,6 +17,9 @@ def tfew_loss(model: Model, *, unlikelihood: bool = True, length_normalised: boo
 
     The example is that of `score_choices` with `answer`, the index of the right choice. An answer out of
     range, or a choice without tokens, gives NaN (`data.check_choices` says so before).
+
+    Raises:
+      UsageError: as `score_choices`; of the loss, an example without choices or `answer`.
 
     References: Liu et al. 2022, arXiv 2205.05638, section 3.2, eq. 1 and 2.
 
@@ -31,7 +34,9 @@ def tfew_loss(model: Model, *, unlikelihood: bool = True, length_normalised: boo
     scores_of = score_choices(model)
 
     def loss(params: Params, example: Example) -> Array:
-        scores, answer = scores_of(params, example), jnp.asarray(example["answer"])
+        scores = scores_of(params, example)
+        check_fields(example, "answer")
+        answer = jnp.asarray(example["answer"])
         terms = [lm_loss(scores, answer)]
         if unlikelihood:
             terms.append(unlikelihood_loss(scores, answer))
@@ -99,7 +104,9 @@ def legacy_tfew_loss(model: Model) -> BatchLossFn:
     scores_of = score_choices(model)
 
     def loss(params: Params, batch: Batch) -> Array:
-        scores, answers = jax.vmap(scores_of, (None, 0))(params, batch), jnp.asarray(batch["answer"])
+        scores = jax.vmap(scores_of, (None, 0))(params, batch)
+        check_fields(batch, "answer")
+        answers = jnp.asarray(batch["answer"])
         terms = [f(scores.log_p, scores.keep, answers) for f in (legacy_lm_loss, legacy_unlikelihood_loss)]
         return terms[0] + terms[1] + jax.vmap(length_normalised_loss)(scores, answers).mean()
 

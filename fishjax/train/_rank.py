@@ -10,7 +10,7 @@ import numpy as np
 from fishjax import data
 from fishjax.errors import UsageError
 from fishjax.models import Model
-from fishjax.train._choices import score_choices
+from fishjax.train._choices import check_fields, score_choices
 from fishjax.train._losses import length_normalised
 from fishjax.types import Array, Batch, Params
 
@@ -25,7 +25,7 @@ def rank_classify(model: Model) -> Callable[[Params, Batch], Array]:
       model: sequence to sequence.
 
     Raises:
-      UsageError: of `classify`, a choice has no tokens.
+      UsageError: as `score_choices`; of `classify`, an example has no choices, or a choice no tokens.
 
     References: Liu et al. 2022, arXiv 2205.05638, section 3.2.
 
@@ -46,6 +46,7 @@ def rank_classify(model: Model) -> Callable[[Params, Batch], Array]:
 
     def classify(params: Params, batch: Batch) -> Array:
         if not any(isinstance(x, jax.core.Tracer) for x in batch.values()):
+            check_fields(batch, "input_ids", "choices")
             data.check_choices(batch)
         fields = ("input_ids", "attention_mask", "choices", "choice_mask")
         return jax.vmap(one, (None, 0))(params, {n: batch[n] for n in fields if n in batch})

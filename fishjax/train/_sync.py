@@ -49,13 +49,17 @@ def make_parallel_step(
     value_and_grad = jax.value_and_grad(mean_loss(loss_fn, apply))
 
     def gradient(trainable, fixed, params, batch):
-        # Marked as this worker's own, or the sum over workers would be taken where the patch meets the
-        # weights, which is of the dense gradient.
-        own = jax.tree.map(lambda x: jax.lax.pcast(x, axis, to="varying"), trainable)
-        return jax.lax.pmean(value_and_grad(own, fixed, params, batch), axis)
+        return jax.lax.pmean(value_and_grad(trainable, fixed, params, batch), axis)
 
+    # Unchecked, each worker differentiates by itself and the mean is of the patch's gradient. Checked, the
+    # sum over workers would be taken where the patch meets the weights, which is of the dense gradient.
     shared = jax.shard_map(
-        gradient, mesh=mesh, in_specs=(P(), P(), P(), P(axis)), out_specs=P(), axis_names={axis}
+        gradient,
+        mesh=mesh,
+        in_specs=(P(), P(), P(), P(axis)),
+        out_specs=P(),
+        axis_names={axis},
+        check_vma=False,
     )
 
     def step(state: TrainState, params: Params, batch: Batch) -> tuple[TrainState, Array]:
