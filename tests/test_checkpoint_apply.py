@@ -145,6 +145,14 @@ def test_a_broken_promise(tmp_path, base, patch_file):
     assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".*"))
 
 
+@pytest.mark.parametrize("out", [".", "", ".."])
+def test_out_must_be_a_name(tmp_path, patch_file, monkeypatch, out):
+    (tmp_path / "empty" / "in").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "empty" / "in")
+    with pytest.raises(UsageError, match="names no new file or folder"):
+        checkpoint.apply_file(patch_file, tmp_path / "b", out)
+
+
 def test_out_is_never_overwritten(tmp_path, patch_file):
     checkpoint.save_params(tmp_path / "base", BASE)
     for out in (tmp_path / "base", tmp_path / "patch", tmp_path):

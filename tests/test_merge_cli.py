@@ -224,6 +224,9 @@ def test_methods_from_the_command_line(folder, capsys):
         (["--method", "avrage", "--out", "o", "one", "two"], 2, "no merge method"),
         (["--method", "average", "one", "two"], 2, "give --out"),
         (["--method", "average", "--out", "one", "one", "two"], 2, "is an input"),
+        (["--method", "average", "--out", ".", "one", "two"], 2, "`.` names no new file"),
+        (["--method", "average", "--out", "", "one", "two"], 2, "`` names no new file"),
+        (["--method", "average", "--out", "out-there", "--dry-run", "one", "two"], 2, "exists"),
         (["--method", "average", "--out", "one/x", "one", "two"], 2, "lies in one"),
         (["--method", "average", "--out", "one", "--dry-run", "one", "two"], 2, "is an input"),
         (["--method", "average", "--out", "o", "one", "nowhere"], 2, "nowhere"),
@@ -283,6 +286,7 @@ def test_bad_arguments(args, code, wrong, folder, capsys):
     models = "[{model: a.safetensors}, {model: half.safetensors}]"
     Path("shapes.yaml").write_text(f"merge_method: linear\nparameters: {{weight: 1}}\nmodels: {models}")
     Path("k.yaml").write_text("method: average\nwieght: 1\nmodels: [one, two]")
+    Path("out-there").touch()
     Path("broken.safetensors").write_bytes(b"\x10\0\0\0\0\0\0\0{}")
     Path("r.yaml").write_text("method: average\nmodels: [one, two]")
     assert cli.main(["merge", *args]) == code
@@ -330,7 +334,7 @@ def test_a_disk_that_is_full_at_any_call(out, tmp_path, capsys, monkeypatch):
         capsys.readouterr()
         assert merged() == 74
         error = capsys.readouterr().err
-        assert "No space left" in error and error.count("\n") == 1
+        assert f"`{out}`: No space left" in error and error.count("\n") == 1
         assert sorted(os.listdir()) == ["a", "b"]
 
 

@@ -299,7 +299,8 @@ def test_what_is_done_is_not_done_again(tmp_path, monkeypatch):
 def test_another_recipe_does_not_resume(world, tmp_path):
     _, paths = world()
     partial = tmp_path / "out.safetensors.partial"
-    partial.mkdir()
+    (partial / "model").mkdir(parents=True)
+    (partial / _output.LOCK).touch()
     (partial / "journal.json").write_text('{"key": "other", "pieces": 99}')
     merge.files("average", paths["models"], tmp_path / "out.safetensors")
     got, want = (
@@ -307,6 +308,49 @@ def test_another_recipe_does_not_resume(world, tmp_path):
         merge.average([checkpoint.load_params(p) for p in paths["models"]]),
     )
     jax.tree.map(np.testing.assert_array_equal, got, want)
+
+
+@pytest.mark.parametrize("found", ["model", "notes", "file", "link"])
+def test_what_is_not_ours_is_not_removed(found, world, tmp_path):
+    trees, paths = world()
+    partial, notes = tmp_path / "out.partial", tmp_path / "elsewhere"
+    if found == "model":
+        checkpoint.save_params(partial, trees["models"][0])
+    elif found == "file":
+        partial.write_text("mine")
+    else:
+        notes.mkdir()
+        (notes / "journal.json").write_text("{}")
+        partial.symlink_to(notes) if found == "link" else notes.rename(partial)
+    inputs = [paths["models"][0], partial if found == "model" else paths["models"][1]]
+    wrong = "is an input" if found == "model" else "not what an unfinished merge left"
+    for run in (merge.files, lambda *args: merge.estimate(*args[:2], out=args[2])):
+        with pytest.raises(errors.UsageError, match=wrong):
+            run("average", inputs, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    assert partial.read_text() == "mine" if found == "file" else len(list(partial.iterdir())) == 1
+
+
+def test_two_merges_do_not_write_one_output(world, tmp_path):
+    _, paths = world()
+    out = tmp_path / "out.safetensors"
+    seen, real = [], _output.Output.write
+
+    def write(self, *args):
+        if not seen:  # in the middle of the first, the second begins
+            seen.append(None)
+            with pytest.raises(
+                errors.UsageError, match=r"another merge is writing to `.*out.safetensors.partial`"
+            ):
+                merge.files("average", paths["models"], out, weights=[1, 2])
+            seen.append(None)
+        real(self, *args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_output.Output, "write", write)
+        digest = merge.files("average", paths["models"], out, threads=1)
+    assert len(seen) == 2 and checkpoint.digest(checkpoint.load_params(out)) == digest
+    assert list(tmp_path.glob("out*")) == [out]
 
 
 def test_a_full_disk_leaves_nothing(world, tmp_path):
@@ -339,7 +383,7 @@ def test_a_disk_that_fails_in_the_middle_leaves_nothing(world, tmp_path, monkeyp
         return real(fd, data, offset)
 
     monkeypatch.setattr(os, "pwrite", fails)
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(OSError, match=r"No space left on device: '.*/out'"):
         merge.files("average", paths["models"], tmp_path / "out", block=GRAIN)
     assert not list(tmp_path.glob("out*"))
 
@@ -369,6 +413,10 @@ def test_bad_input_is_refused_before_anything_is_written(world, tmp_path):
     out.write_bytes(b"mine")
     with pytest.raises(errors.UsageError, match="exists"):
         merge.files("average", models, out)
+    with pytest.raises(errors.UsageError, match="exists"):
+        merge.estimate("average", models, out=out)
+    with pytest.raises(FileNotFoundError, match="no such folder"):
+        merge.files("average", models, tmp_path / "nowhere" / "out")
     assert out.read_bytes() == b"mine"
     out.unlink()
     checkpoint.save_params(tmp_path / "c.safetensors", {**trees["base"], "more": np.ones(2)})

@@ -18,6 +18,25 @@ from pathlib import Path
 from fishjax.errors import UsageError
 
 _TEMPORARY = re.compile(r"\.(.*)\.[0-9a-f]{16}\.tmp", re.DOTALL)
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+@contextlib.contextmanager
+def naming(path: str | os.PathLike) -> Iterator[None]:
+    """Name the output where the disk is full: a write names no file, and a copy its source.
+
+    >>> with naming("out"):
+    ...     raise OSError(errno.ENOSPC, "No space left on device")
+    Traceback (most recent call last):
+      ...
+    OSError: [Errno 28] No space left on device: 'out'
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _FULL:
+            raise
+        raise OSError(error.errno, error.strerror, os.fspath(path)) from error
 
 
 @contextlib.contextmanager
@@ -48,7 +67,8 @@ def atomic_file(path: str | os.PathLike) -> Iterator[int]:
     flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | getattr(os, "O_NOFOLLOW", 0)
     temp, fd = _beside(path, lambda temp: os.open(temp, flags, 0o666))
     try:
-        yield fd
+        with naming(path):
+            yield fd
         if mode is not None:
             os.fchmod(fd, mode)
         os.fsync(fd)
@@ -85,7 +105,8 @@ def atomic_folder(path: str | os.PathLike) -> Iterator[Path]:
 
     temp, fd = _beside(path, make)
     try:
-        yield temp
+        with naming(path):
+            yield temp
         for folder, _, _ in os.walk(temp, topdown=False):
             sync(folder)
         os.replace(temp, path)
@@ -101,9 +122,11 @@ def refuse_existing(path: str | os.PathLike) -> None:
     """Raise unless nothing is at `path`, or an empty folder.
 
     Raises:
-      UsageError: something would be overwritten.
+      UsageError: something would be overwritten; or it is no name, like `.`.
     """
     path = Path(path)
+    if path.name in ("", ".."):
+        raise UsageError(f"`{path}` names no new file or folder; give another name")
     if path.is_dir() and not path.is_symlink():
         if any(path.iterdir()):
             raise UsageError(f"`{path}` exists and is not empty; give a new name or an empty folder")

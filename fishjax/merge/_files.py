@@ -8,12 +8,13 @@ from typing import Any
 
 import numpy as np
 
+from fishjax.checkpoint._atomic import naming
 from fishjax.checkpoint._digest import root
 from fishjax.checkpoint._safetensors import open_file
 from fishjax.merge._blocks import Tensor, hash_tensor
 from fishjax.merge._card import model_card
 from fishjax.merge._cost import Cost, cost
-from fishjax.merge._output import Output, carry, refuse_inputs, write_texts
+from fishjax.merge._output import Output, carry, refuse_output, write_texts
 from fishjax.merge._plan import File, Job, key_of, open_tensors, plan
 from fishjax.merge._rule import Rule
 from fishjax.merge._stream import BLOCK, THREADS, Engine, Piece
@@ -87,7 +88,7 @@ def files(
         jobs = plan(stack, method, inputs, base=base, keep=keep, dtype=dtype, **options)
         sources = [*inputs, *([base] if base is not None else [])]
         near = list(_paths(options))
-        refuse_inputs(out, [*sources, *near])
+        refuse_output(out, [*sources, *near])
         more: dict[str, Any] = {"digests": digests, "block": block, "threads": threads}
         if dtype is not None:
             more["config"] = {"dtype": given["dtype"]}
@@ -117,7 +118,7 @@ def estimate(
         more: dict[str, Any] = {"digests": digests, "block": block, "threads": threads}
         near = list(_paths(options))
         if out is not None:
-            refuse_inputs(out, [*sources, *near])
+            refuse_output(out, [*sources, *near])
         return cost(jobs, rules(), out=out, sources=sources, beside=near, carried=sources[-1], **more)
 
 
@@ -146,33 +147,36 @@ def run_jobs(
     engine = Engine(jobs, rules(), block=block, threads=threads)
     output = None
     try:
-        _check(engine)
-        output = Output(out, {j.name: j.spec for j in jobs}, key_of(jobs, block=engine.block, out=str(out)))
-        pieces = engine.pieces()
-        if "measured" in output.state:
-            engine.measured = output.state["measured"]
-        else:
-            engine.measure(lambda items, what, total: track(items, description=what, total=total))
-            output.done(0, now=any(engine.measured), measured=engine.measured)
-        first = output.state["pieces"]
+        with naming(out):
+            _check(engine)
+            output = Output(
+                out, {j.name: j.spec for j in jobs}, key_of(jobs, block=engine.block, out=str(out))
+            )
+            pieces = engine.pieces()
+            if "measured" in output.state:
+                engine.measured = output.state["measured"]
+            else:
+                engine.measure(lambda items, what, total: track(items, description=what, total=total))
+                output.done(0, now=any(engine.measured), measured=engine.measured)
+            first = output.state["pieces"]
 
-        def step(piece: Piece) -> None:
-            output.write(jobs[piece.job].name, piece.start, engine.merged(piece))
+            def step(piece: Piece) -> None:
+                output.write(jobs[piece.job].name, piece.start, engine.merged(piece))
 
-        steps = engine.map(step, pieces[first:])
-        for i, _ in enumerate(track(steps, description="merging", total=len(pieces) - first), first + 1):
-            output.done(i)
-        digest = _digest(engine, output.tensors) if digests else ""
-        if not output.is_file:
-            read = [*sources, *beside]
-            ids = {path: _identity(engine, path) if digests else "" for path in dict.fromkeys(read)}
-            carry(Path(carried), output.partial, **(config or {}))
-            named = [(os.fspath(path), ids[path]) for path in read]
-            models, near = named[: len(sources)], named[len(sources) :]
-            parents = [name for name, _ in models if not is_patch(name)]
-            write_texts(output.partial, model_card(recipe, models, digest, parents=parents, beside=near))
-        output.finish()
-        return digest
+            steps = engine.map(step, pieces[first:])
+            for i, _ in enumerate(track(steps, description="merging", total=len(pieces) - first), first + 1):
+                output.done(i)
+            digest = _digest(engine, output.tensors) if digests else ""
+            if not output.is_file:
+                read = [*sources, *beside]
+                ids = {path: _identity(engine, path) if digests else "" for path in dict.fromkeys(read)}
+                carry(Path(carried), output.folder, **(config or {}))
+                named = [(os.fspath(path), ids[path]) for path in read]
+                models, near = named[: len(sources)], named[len(sources) :]
+                parents = [name for name, _ in models if not is_patch(name)]
+                write_texts(output.folder, model_card(recipe, models, digest, parents=parents, beside=near))
+            output.finish()
+            return digest
     except Exception:
         engine.close()
         if output is not None:

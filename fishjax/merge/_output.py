@@ -1,10 +1,13 @@
 """The output of a merge of files: laid out beforehand, written in any order, resumed after a kill.
 
-Everything goes to `OUT.partial/` with a journal that says for which merge it is and how far it came;
-the last step is a rename to `OUT`.
+The model grows in `OUT.partial/`, beside a journal that says for which merge it is and how far it came;
+the last step is a rename to `OUT`. A lock there keeps other merges out, and says that the folder is ours:
+what does not have it is nobody's to remove.
 """
 
 import contextlib
+import errno
+import fcntl
 import json
 import os
 import shutil
@@ -25,6 +28,7 @@ from fishjax.errors import StructureError, UsageError
 from fishjax.merge._blocks import Tensor
 
 JOURNAL = "journal.json"
+LOCK = "fishjax.lock"
 SECONDS = 2.0  # between two entries of the journal; each waits for the disk
 
 
@@ -34,16 +38,18 @@ class Output:
     def __init__(
         self, out: str | os.PathLike, specs: Mapping[str, Spec], key: str, *, shard_bytes: int = SHARD_BYTES
     ):
-        self.out = Path(out)
-        self.partial = self.out.with_name(self.out.name + ".partial")
+        self.out, self.partial = Path(out), partial_of(out)
+        self.folder = self.partial / "model"
         self.is_file = self.out.suffix == ".safetensors"
-        refuse_existing(self.out)
+        refuse_output(out, [])
         self._files = _shards(specs, self.is_file, shard_bytes)
         self._key, self._synced = key, time.monotonic()
         self._fds: list[int] = []
         self.tensors: dict[str, Tensor] = {}
-        self.state = self._resume()
+        self._lock = _lock(self.partial)
         try:
+            refuse_existing(self.out)  # what held the lock may have been another merge of this name
+            self.state = self._resume()
             for file, members in self._files.items():
                 self._open(file, {n: specs[n] for n in members})
         except Exception:
@@ -74,61 +80,69 @@ class Output:
         """Give the whole model its name."""
         for fd in self._fds:
             os.fsync(fd)
-        self.close()
         if len(self._files) > 1:
             homes = {n: file for file, members in self._files.items() for n in members}
             total = sum(num_bytes(*t.spec) for t in self.tensors.values())
             index = {"metadata": {"total_size": total}, "weight_map": homes}
-            (self.partial / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+            (self.folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+        for path in self.folder.rglob("*"):
+            sync(path)
+        sync(self.folder)
         # The journal goes last: whoever is killed before that only has to finish again.
-        if self.is_file:
-            os.replace(self.partial / SINGLE, self.out)
-            shutil.rmtree(self.partial)
-        else:
-            for path in self.partial.rglob("*"):
-                sync(path)
-            (self.partial / JOURNAL).unlink(missing_ok=True)
-            sync(self.partial)
-            os.replace(self.partial, self.out)
+        os.replace(self.folder / SINGLE if self.is_file else self.folder, self.out)
         sync(self.out.parent)
+        self.discard()
 
     def close(self) -> None:
-        for fd in self._fds:
+        """Let go of the files, and of the lock: what was done stays, to be resumed."""
+        for fd in [*self._fds, *([self._lock] if self._lock >= 0 else [])]:
             os.close(fd)
-        self._fds = []
+        self._fds, self._lock = [], -1
 
     def discard(self) -> None:
         """Leave nothing behind."""
+        with contextlib.suppress(OSError):
+            self._clear()
+            (self.partial / LOCK).unlink()
+            self.partial.rmdir()
         self.close()
-        shutil.rmtree(self.partial, ignore_errors=True)
+
+    def _clear(self) -> None:
+        """Remove what an earlier try left; the lock stays, so that who is killed here goes on."""
+        for path in self.partial.iterdir():
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            elif path.name != LOCK:
+                path.unlink()
 
     def _resume(self) -> dict[str, Any]:
         """Return the journal of an earlier try at the same merge; all else that is there is removed."""
         with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
             state = json.loads((self.partial / JOURNAL).read_bytes())
             # Of an output that was finished and taken away the journal may have stayed.
-            if state["key"] == self._key and all((self.partial / file).exists() for file in self._files):
-                for path in self.partial.iterdir():
-                    if path.name not in (JOURNAL, *self._files):
+            if state["key"] == self._key and all((self.folder / file).exists() for file in self._files):
+                for path in self.folder.iterdir():
+                    if path.name not in self._files:
                         path.unlink()
                 return state
-        shutil.rmtree(self.partial, ignore_errors=True)
-        room, needed = shutil.disk_usage(self.partial.parent).free, 0
+        self._clear()
+        room, needed = shutil.disk_usage(self.partial).free, 0
         for members in self._files.values():
             needed += sum(members.values())
         if needed > room:
-            raise OSError(28, f"the output needs {needed} bytes and the disk has {room} left", str(self.out))
-        os.mkdir(self.partial)
+            reason = f"the output needs {needed} bytes and the disk has {room} left"
+            raise OSError(errno.ENOSPC, reason, str(self.out))
+        os.mkdir(self.folder)
         return {"pieces": 0}
 
     def _open(self, file: str, specs: Mapping[str, Spec]) -> None:
         header, offsets = layout(specs)
-        fd = os.open(self.partial / file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        fd = os.open(self.folder / file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         self._fds.append(fd)
         os.pwrite(fd, header, 0)
         os.ftruncate(fd, len(header) + sum(num_bytes(*s) for s in specs.values()))
         for name, spec in specs.items():
-            self.tensors[name] = Tensor(str(self.partial / file), fd, len(header) + offsets[name], spec)
+            self.tensors[name] = Tensor(str(self.folder / file), fd, len(header) + offsets[name], spec)
 
 
 def _shards(specs: Mapping[str, Spec], is_file: bool, shard_bytes: int) -> dict[str, dict[str, int]]:
@@ -189,17 +203,77 @@ def carried_files(source: Path) -> list[Path]:
     ]
 
 
-def refuse_inputs(out: str | os.PathLike, inputs: Iterable[str | os.PathLike]) -> None:
-    """Raise if an output is one of the inputs, lies in one or holds one.
+def partial_of(out: str | os.PathLike) -> Path:
+    """Return the folder in which an output grows.
 
     Raises:
-      UsageError: naming the output.
+      UsageError: the output is a name like `.` or nothing, which no new file or folder can have.
     """
-    new = Path(out).resolve()
-    for path in inputs:
-        old = Path(path).resolve()
-        if new == old or new in old.parents or old in new.parents:
-            raise UsageError(f"`{out}` is an input, or lies in one, or holds one; give another output")
+    path = Path(out)
+    if path.name in ("", ".."):
+        raise UsageError(f"`{out}` names no new file or folder; give another output")
+    return path.with_name(path.name + ".partial")
+
+
+def refuse_output(out: str | os.PathLike, inputs: Iterable[str | os.PathLike]) -> None:
+    """Raise if an output cannot be written: before a merge, and in a dry run.
+
+    Raises:
+      UsageError: it exists; it is one of the inputs, lies in one or holds one, or the folder in which it
+        grows does; that folder is there and is not what an unfinished merge left.
+      FileNotFoundError: there is no folder to write into.
+    """
+    partial = partial_of(out)
+    for new in (Path(out).resolve(), partial.resolve()):
+        for path in inputs:
+            old = Path(path).resolve()
+            if new == old or new in old.parents or old in new.parents:
+                what = "" if new == Path(out).resolve() else f", written by way of `{partial}`,"
+                raise UsageError(
+                    f"`{out}`{what} is an input, or lies in one, or holds one; give another output"
+                )
+    refuse_existing(out)
+    if not partial.parent.is_dir():
+        raise FileNotFoundError(errno.ENOENT, "no such folder to write into", str(partial.parent))
+    if os.path.lexists(partial) and not _is_ours(partial):
+        raise UsageError(
+            f"`{out}` is written by way of `{partial}`, which is not what an unfinished merge left; "
+            "move it, or give another output"
+        )
+
+
+def _is_ours(partial: Path) -> bool:
+    """Say whether something is the folder of an unfinished merge; one that is empty may be."""
+    if partial.is_symlink() or not partial.is_dir():
+        return False
+    return (partial / LOCK).is_file() or not any(partial.iterdir())
+
+
+def _lock(partial: Path) -> int:
+    """Make a merge's folder, or take one that was left, for nobody else to write to; return the lock.
+
+    Raises:
+      UsageError: another process writes there.
+    """
+    with contextlib.suppress(FileExistsError):
+        os.mkdir(partial)
+    fd = os.open(partial / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
+    try:
+        with contextlib.suppress(OSError):  # a file system may know no locks
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UsageError(
+                    f"another merge is writing to `{partial}`; wait for its end, or give another output"
+                ) from None
+        # Whoever held it may have finished just now, and have taken it away.
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(fd), os.stat(partial / LOCK)):
+                return fd
+        raise UsageError(f"another merge has just written by way of `{partial}`; try again")
+    except BaseException:
+        os.close(fd)
+        raise
 
 
 def write_texts(folder: Path, texts: Mapping[str, str]) -> None:

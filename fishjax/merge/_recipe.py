@@ -24,7 +24,7 @@ from fishjax.errors import UsageError
 from fishjax.merge._cost import Cost, cost
 from fishjax.merge._files import RESERVED, estimate, files, rules, run_jobs
 from fishjax.merge._mergekit import mergekit_plan
-from fishjax.merge._output import refuse_inputs
+from fishjax.merge._output import refuse_output
 from fishjax.merge._plan import File
 from fishjax.merge._stream import BLOCK, THREADS
 from fishjax.types import Digest
@@ -59,7 +59,7 @@ def run_recipe(recipe: File, out: File, *, digests: bool = True) -> Digest:
         return files(method, models, out, digests=digests, **options)
     with ExitStack() as stack:
         plan = mergekit_plan(stack, read, lambda path: locate(path, folder), find_dtype)
-        refuse_inputs(out, plan.sources)
+        refuse_output(out, plan.sources)
         dtype = read.get("out_dtype") or read.get("dtype")
         config = {"layers": plan.layers, "dtype": dtype}
         more: dict[str, Any] = {"carried": plan.carried, "config": config, "digests": digests}
@@ -75,7 +75,7 @@ def estimate_recipe(recipe: File, out: File | None = None, *, digests: bool = Tr
     with ExitStack() as stack:
         plan = mergekit_plan(stack, read, lambda path: locate(path, folder), find_dtype)
         if out is not None:
-            refuse_inputs(out, plan.sources)
+            refuse_output(out, plan.sources)
         more: dict[str, Any] = {"digests": digests, "block": BLOCK, "threads": THREADS}
         more |= {"sources": plan.sources, "beside": (), "carried": plan.carried}
         return cost(plan.jobs, rules(), out=out, **more)
