@@ -153,6 +153,67 @@ def test_bad_recipes(text, wrong, folder, capsys):
     assert not list(folder.glob("out*"))
 
 
+@pytest.mark.parametrize("kind", ["mask", "fisher", "patch"])
+def test_only_models_are_taken_for_models(kind, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    base = {"w": np.ones(3, np.float32)}
+    checkpoint.save_params("base", base)
+    checkpoint.save_params("one", base)
+    checkpoint.save_fisher("fisher", base, metadata={})
+    checkpoint.save_mask("mask", {"w": np.array([True, False, True])})
+    checkpoint.save_patch("patch", {"w": patches.Sparse(np.int32([1]), np.float32([5]))}, base=base)
+    recipe = "merge_method: linear\nparameters: {{weight: 1}}\nmodels: [{{model: one}}, {{model: {}}}]"
+    Path("r.yaml").write_text(recipe.format(kind))
+    Path("b.yaml").write_text(recipe.format(kind) + "\nbase_model: base")
+    Path("s.yaml").write_text(
+        f"merge_method: linear\nparameters: {{weight: 1}}\nbase_model: {kind}\nmodels: [{{model: one}}]"
+    )
+    no_model = 3, f"`{kind}` is a {kind} file; wanted a model"
+    no_base = (2, "is a patch; give the `base") if kind == "patch" else no_model
+    average = ["--method", "average", "--out", "out"]
+    for args, (code, wrong) in (
+        (["r.yaml", "out"], no_base),
+        ([*average, kind, kind], no_base),
+        (["s.yaml", "out"], no_model),
+    ):
+        assert cli.main(["merge", *args]) == code
+        assert wrong in capsys.readouterr().err
+    assert cli.main(["merge", "b.yaml", "out.safetensors"]) == (0 if kind == "patch" else 3)
+    if kind == "patch":  # folded, like anywhere
+        np.testing.assert_array_equal(
+            checkpoint.load_params("out.safetensors")["w"], np.float32([1, 7 / 3, 1])
+        )
+    if kind == "mask":
+        args = ["merge", "--method", "fisher", "--out", "o", "--fishers", "mask", "mask", "--", "one", "base"]
+        assert cli.main(args) == 3 and "wanted a fisher" in capsys.readouterr().err
+    assert not list(tmp_path.glob("o.*")) and not list(tmp_path.glob("out"))
+
+
+def test_what_only_a_later_model_has_is_not_dropped(folder, capsys):
+    more = {**MODELS["two"], "extra.weight": np.ones(2, np.float32)}
+    deep = {**MODELS["two"], "model.layers.1.extra": np.ones(2, np.float32)}
+    less = {n: x for n, x in MODELS["two"].items() if n != "lm_head.weight"}
+    for name, params in (("more", more), ("deep", deep), ("less", less)):
+        checkpoint.save_params(name, tree.nest(params))
+    models = "merge_method: linear\nparameters: {{weight: 1}}\nmodels: [{{model: one}}, {{model: {}}}]"
+    sliced = (
+        "merge_method: passthrough\nslices:\n- sources: [{{model: one, layer_range: [0, 2]}}]\n"
+        "- sources: [{{model: {}, layer_range: [0, 2]}}]"
+    )
+    for recipe, name, wrong in (
+        (models, "more", "only in `one`: none; only in `more`: `extra.weight`"),
+        (models, "deep", "only in `deep`: `model.layers.1.extra`"),
+        (models, "less", "only in `one`: `lm_head.weight`"),
+        (sliced, "more", "only in `more`: `extra.weight`"),
+    ):
+        Path("r.yaml").write_text(recipe.format(name))
+        assert cli.main(["merge", "r.yaml", "out"]) == 4
+        assert wrong in capsys.readouterr().err
+    Path("r.yaml").write_text(sliced.format("deep"))  # each slice has but one source
+    assert cli.main(["merge", "r.yaml", "out"]) == 0
+    assert "model.layers.3.extra" in tree.flatten(checkpoint.load_params("out"))
+
+
 def test_a_recipe_and_its_output(folder, capsys):
     Path("r.yaml").write_text("method: average\nmodels: [one, two]")
     assert cli.main(["merge", "r.yaml", "--dry-run"]) == 0

@@ -169,7 +169,8 @@ def run_jobs(
             digest = _digest(engine, output.tensors) if digests else ""
             if not output.is_file:
                 read = [*sources, *beside]
-                ids = {path: _identity(engine, path) if digests else "" for path in dict.fromkeys(read)}
+                kinds = {**dict.fromkeys(beside, "fisher"), **dict.fromkeys(sources, "model")}
+                ids = {path: _identity(engine, path, kind) if digests else "" for path, kind in kinds.items()}
                 carry(Path(carried), output.folder, **(config or {}))
                 named = [(os.fspath(path), ids[path]) for path in read]
                 models, near = named[: len(sources)], named[len(sources) :]
@@ -203,12 +204,12 @@ def _digest(engine: Engine, tensors: Mapping[str, Any]) -> Digest:
     return root(dict(zip(names, track(hashed, description="hashing", total=len(names)), strict=True)))
 
 
-def _identity(engine: Engine, path: File) -> Digest:
+def _identity(engine: Engine, path: File, kind: str) -> Digest:
     """Return the content id of a model, or the digest that a patch file carries of itself."""
     if is_patch(path):
         return PatchSource(path).digest
     with ExitStack() as stack:
-        return _digest(engine, open_tensors(stack, path))
+        return _digest(engine, open_tensors(stack, path, kind))
 
 
 def rules() -> Mapping[str, Rule]:

@@ -4,7 +4,6 @@ What it means (`compat`): TIES and Breadcrumbs rank tensor by tensor, DARE resto
 takes the chord from a cosine of 0.9995 on, Model Stock may step back. Arithmetic is in float32 at least.
 """
 
-import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -14,9 +13,11 @@ import numpy as np
 
 from fishjax.checkpoint._dtypes import Spec
 from fishjax.errors import StructureError, UsageError
-from fishjax.merge._blocks import Tensor
+from fishjax.merge._blocks import Readable
 from fishjax.merge._plan import Job, find_rule, full_options, open_tensors
 from fishjax.merge._rule import is_inexact, number
+from fishjax.merge._slices import LAYER, Slice, Source, output_tensors
+from fishjax.merge._unpack import is_patch, open_patch
 from fishjax.tree import describe
 
 _SUM = {"weight", "normalize", "rescale", "lambda", "int8_mask"}
@@ -34,26 +35,6 @@ METHODS = {  # mergekit's name -> its parameters
     "passthrough": {"scale"},
 }
 _KEYS = {"merge_method", "base_model", "models", "slices", "parameters", "dtype", "out_dtype"}
-_LAYER = re.compile(r"^(.*?\.)(\d+)(\..*)$")
-_EMBEDDING = re.compile(r"(?i)emb|\bwte\b|\bwpe\b|\bshared\b")  # what comes before the layers
-
-
-class Source(NamedTuple):
-    """One model's part in a slice of the output."""
-
-    path: Path
-    tensors: Mapping[str, Tensor]
-    first: int | None  # its first layer here; None: all of them
-    settings: Mapping[str, Any]
-    is_base: bool
-
-
-class Slice(NamedTuple):
-    """Some layers of the output, and what they are made of."""
-
-    sources: Sequence[Source]
-    layers: int | None  # how many; None: all
-    settings: Mapping[str, Any]
 
 
 class Plan(NamedTuple):
@@ -80,25 +61,31 @@ def mergekit_plan(
     if not isinstance(method, str) or method not in METHODS:
         raise UsageError(f"mergekit's `{method}` is not supported; there are {', '.join(METHODS)}")
     _check_keys(recipe)
-    opened: dict[Path, dict[str, Tensor]] = {}
+    base = find(recipe["base_model"]) if recipe.get("base_model") is not None else None
+    origin = open_tensors(stack, base) if base is not None else {}
+    opened: dict[Path, Mapping[str, Readable]] = {base: origin} if base is not None else {}
 
-    def open_model(name: Any) -> tuple[Path, dict[str, Tensor]]:
+    def open_model(name: Any) -> tuple[Path, Mapping[str, Readable]]:
         path = find(name)
         if path not in opened:
-            opened[path] = open_tensors(stack, path)
+            if not is_patch(path):
+                opened[path] = open_tensors(stack, path)
+            elif base is None:
+                raise UsageError(f"`{path}` is a patch; give the `base_model` that it is for")
+            else:
+                opened[path] = {**origin, **open_patch(path, origin)}
         return path, opened[path]
 
-    base = open_model(recipe["base_model"])[0] if recipe.get("base_model") is not None else None
     slices = _slices(recipe, base, open_model, METHODS[method])
     whole = _settings(recipe, "the recipe", METHODS[method])
     dtypes = [dtype_of(recipe[k]) for k in ("out_dtype", "dtype") if recipe.get(k) is not None]
     jobs, layers = [], 0
-    for name, t, piece, tensors in _tensors(slices):
+    for name, t, piece, tensors in output_tensors(slices):
         get = lambda key, source=None, default=None, t=t, piece=piece, name=name: _resolve(
             key, name, t, [source.settings if source else None, piece.settings, whole], default
         )
         jobs.append(_job(method, name, piece, tensors, get, dtypes[0] if dtypes else None))
-        if found := _LAYER.match(name):
+        if found := LAYER.match(name):
             layers = max(layers, int(found[2]) + 1)
     carried = base or slices[0].sources[0].path
     changed = layers if slices[0].layers is not None else None
@@ -214,51 +201,8 @@ def _evaluate(setting: Any, name: str, t: float) -> Any:
     return (1 - (place - low)) * setting[low] + (place - low) * setting[high]
 
 
-def _tensors(slices: Sequence[Slice]) -> Iterable[tuple[str, float, Slice, list[Tensor]]]:
-    """Yield every output tensor: its name, its depth in [0, 1], its slice, and the tensors it is made of."""
-    head, tail = slices[0], slices[-1]
-    first = head.sources[0].tensors
-    for name in first:
-        if not _LAYER.match(name):
-            piece = head if _EMBEDDING.search(name) else tail
-            yield name, 0.0, piece, [_find(s, name) for s in piece.sources]
-    offset = 0
-    for piece in slices:
-        whole = piece.layers is None
-        lead = piece.sources[0]
-        depths: dict[str, int] = {}
-        found = [(m[1], int(m[2]), m[3]) for m in map(_LAYER.match, lead.tensors) if m]
-        for prefix, i, _ in found:
-            depths[prefix] = max(depths.get(prefix, 0), i + 1)
-        if not whole and len(depths) != 1:
-            raise UsageError(
-                f"`slices` need a model with one stack of layers; got {', '.join(sorted(depths))}"
-            )
-        start = lead.first or 0
-        count = piece.layers
-        for prefix, i, rest in found:
-            layers = depths[prefix] if count is None else count
-            place = i - start
-            if not 0 <= place < layers:
-                continue
-            t = place / (layers - 1) if layers > 1 else 1.0
-            parts = [_find(s, f"{prefix}{(s.first or 0) + place}{rest}") for s in piece.sources]
-            yield f"{prefix}{offset + place}{rest}", t, piece, parts
-        if count is not None and depths and max(depths.values()) < start + count:
-            raise UsageError(
-                f"`{lead.path}` has {max(depths.values())} layers; `layer_range` goes to {start + count}"
-            )
-        offset += count or 0
-
-
-def _find(source: Source, name: str) -> Tensor:
-    if name not in source.tensors:
-        raise StructureError(f"`{source.path}` has no tensor `{name}`, which another model of the recipe has")
-    return source.tensors[name]
-
-
 def _job(
-    method: str, name: str, piece: Slice, tensors: list[Tensor], get: Any, dtype: np.dtype | None
+    method: str, name: str, piece: Slice, tensors: list[Readable], get: Any, dtype: np.dtype | None
 ) -> Job:
     """Return the job of one tensor: mergekit's method and parameters in our words."""
     for source, tensor in zip(piece.sources, tensors, strict=True):
@@ -279,7 +223,7 @@ def _job(
     def amount(key: str, source: Source | None = None, default: float | None = None) -> float:
         return number(key, get(key, source, default))
 
-    def make(rule: str, models: Sequence[Tensor], origin: Tensor | None = None, **options: Any) -> Job:
+    def make(rule: str, models: Sequence[Readable], origin: Readable | None = None, **options: Any) -> Job:
         _, found = find_rule(rule)
         if found.needs_base and origin is None:
             raise UsageError(f"mergekit's `{method}` needs a `base_model`")

@@ -14,8 +14,8 @@ import numpy as np
 from fishjax import tree
 from fishjax.checkpoint import open_params
 from fishjax.checkpoint._dtypes import Spec
-from fishjax.checkpoint._manifest import is_sealed
-from fishjax.errors import StructureError, UsageError
+from fishjax.checkpoint._manifest import is_sealed, read_manifest
+from fishjax.errors import FileFormatError, StructureError, UsageError
 from fishjax.merge._blocks import Readable, Tensor
 from fishjax.merge._rule import Options, Rule, is_inexact, wants_sums
 from fishjax.merge._trees import Keep, check_models, kept_leaves
@@ -48,11 +48,18 @@ class Job(NamedTuple):
         return wants_sums(rule, len(self.models), {w: len(ts) for w, ts in self.beside.items()}, self.options)
 
 
-def open_tensors(stack: ExitStack, path: File) -> dict[str, Tensor]:
-    """Open a model's files and return where every tensor is."""
+def open_tensors(stack: ExitStack, path: File, kind: str = "model") -> dict[str, Tensor]:
+    """Open a model's files, or with `kind` "fisher" a Fisher, and return where every tensor is.
+
+    Raises:
+      FileFormatError: it is a mask, a patch, or a Fisher where a model is wanted.
+    """
     tensors: dict[str, Tensor] = {}
     for file in stack.enter_context(open_params(path)).files.values():
-        sealed = is_sealed(file.metadata)  # a Fisher file
+        if sealed := is_sealed(file.metadata):
+            got = str(read_manifest(file.path, file.metadata).get("format"))[:40]
+            if got != kind:
+                raise FileFormatError(f"`{file.path}` is a {got} file; wanted a {kind}")
         fd = os.open(file.path, os.O_RDONLY | os.O_CLOEXEC)
         stack.callback(os.close, fd)
         for name, entry in file._entries.items():
@@ -140,7 +147,7 @@ def plan(
         raise UsageError(f"`base` must be given: `{name}` merges what the models changed")
     if base is not None and not rule.needs_base and not patched:
         raise UsageError(f"`base` is given, and `{name}` has no use for one")
-    origin = _beside(stack, base, wanted, "base") if base is not None and rule.needs_base else {}
+    origin = _beside(stack, base, wanted, "base", "model") if base is not None and rule.needs_base else {}
     beside = {word: _near(stack, word, paths, len(inputs), wanted) for word, paths in near.items()}
     jobs = [Job(n, models[i][n].spec, "copy", [models[i][n]]) for n, i in kept.items() if n in models[i]]
     for n, first in merged[0].items():
@@ -183,8 +190,10 @@ def _specs(model: Mapping[str, Readable]) -> dict[str, Spec]:
     return {n: t.spec for n, t in model.items()}
 
 
-def _beside(stack: ExitStack, path: File, wanted: Mapping[str, Readable], what: str) -> dict[str, Tensor]:
-    tensors = open_tensors(stack, path)
+def _beside(
+    stack: ExitStack, path: File, wanted: Mapping[str, Readable], what: str, kind: str = "fisher"
+) -> dict[str, Tensor]:
+    tensors = open_tensors(stack, path, kind)
     found = {n: tensors[n] for n in wanted if n in tensors}
     try:
         tree.check_same(_specs(wanted), _specs(found), ("the models", what), dtypes=False)
