@@ -15,6 +15,7 @@ import pytest
 from fishjax import checkpoint, cli, errors, merge, patches, tree
 
 HERE = Path(__file__).parent / "fixtures" / "mergekit"
+HUGE = 10**400
 RECIPES = sorted(p.stem for p in HERE.glob("*.yaml"))
 
 
@@ -141,6 +142,26 @@ def test_dare_ties_recipes_agree_in_distribution(folder):
         ("method: average\nmodels: [one, two]\nwieghts: [1, 2]", "no option `wieghts`"),
         ("method: average\nmodels: [one, two]\ndtype: int4", "`dtype` must be one of"),
         ("models: [one]", "is no recipe"),
+        ("merge_method: linear\nmodels: [{model: one}]\n1: 3\nx: 4", "`1` is not supported"),
+        (
+            f"merge_method: linear\nmodels: [{{model: one, parameters: {{weight: {HUGE}}}}}]",
+            "beyond all floats",
+        ),
+        (
+            f"merge_method: linear\nmodels: [{{model: one, parameters: {{weight: [1, {HUGE}]}}}}]",
+            "beyond all",
+        ),
+        (f"method: average\nmodels: [one, two]\nweights: [1, {HUGE}]", "beyond all floats"),
+        ("method: average\nmodels: [one, two]\nweights: [1, true]", "`weights` must be a number; got True"),
+        ("method: average\nmodels: [one, two]\nnormalize: 'no'", "must be true or false; got 'no'"),
+        (
+            "merge_method: linear\nparameters: {weight: 1, normalize: 'no'}\nmodels: [{model: one}]",
+            "must be true or false; got 'no'",
+        ),
+        (
+            "merge_method: passthrough\nslices: [{sources: [{model: one, layer_range: [true, 2]}]}]",
+            "`layer_range` must be",
+        ),
         ("a: [", "is not YAML"),
         ("method: average\nmodels: [one, two]\nmodels: [one]", "has the key `models` twice"),
     ],
@@ -297,6 +318,19 @@ def test_methods_from_the_command_line(folder, capsys):
         (["--method", "average", "--out", "o", "--set", "x", "--", "one", "two"], 2, "K=V"),
         (["--method", "average", "--out", "o", "--set", "out=p", "--", "one", "two"], 2, "--set out"),
         (["--method", "average", "--out", "o", "--keep", "x", "--", "one", "two"], 2, "REGEX=I"),
+        (["--method", "average", "--out", "o", "--weights", "1", "-inf", "one", "two"], 2, "finite"),
+        (["--method", "average", "--out", "o", "--set", "normalize=maybe", "one", "two"], 2, "true or false"),
+        (["--method", "average", "--out", "o", "--set", "weights=" + "9" * 5000, "one", "two"], 2, "--set"),
+        (
+            ["--method", "fisher", "--out", "o", "--set", "favor=true", "--", "one", "two"],
+            2,
+            "an integer; got True",
+        ),
+        (
+            ["--method", "average", "--out", "o", "--dtype", "float16", "wide.safetensors"],
+            2,
+            "`v` has entries beyond what float16 can hold",
+        ),
         (
             ["--method", "ties", "--out", "o", "--set", "density=0.5", "--", "one", "two"],
             2,
@@ -341,6 +375,7 @@ def test_bad_arguments(args, code, wrong, folder, capsys):
         "a": {"w": w, "v": v},
         "x": {"w": w, "x": v},
         "short": {"w": w[0], "v": v},
+        "wide": {"w": w, "v": 70000 * v},
         "half": {"w": w.astype(np.float16), "v": v[:1]},
     }.items():
         checkpoint.save_params(f"{name}.safetensors", params)
@@ -418,6 +453,14 @@ def test_the_command_never_imports_jax(folder):
 def test_a_recipe_that_cannot_be_read():
     with pytest.raises(errors.UsageError, match="is neither"):
         merge.run_recipe(HERE / "linear.yaml", "/tmp/never")
+
+
+def test_negative_weights_in_any_form(folder):
+    given = ["-0.1", "-1e-1", "-1.e-1", "-.1E0"]
+    for i, weight in enumerate(given):
+        args = ["merge", "--method", "task_arithmetic", "--base", "base", "--out", f"o{i}.safetensors"]
+        assert cli.main([*args, "--weights", weight, "1", "--", "one", "two"]) == 0
+    assert len({Path(f"o{i}.safetensors").read_bytes() for i in range(len(given))}) == 1
 
 
 def test_patches_merge_like_the_models_they_make(folder, capsys):

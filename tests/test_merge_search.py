@@ -51,6 +51,19 @@ def test_reports_stand_side_by_side_and_do_not_select():
         search.uniform(MODELS, select=NEAR, reports={"test": NEAR})
 
 
+def test_nothing_to_choose_among():
+    more = {"parents": [], "select": NEAR}
+    for search_it in (
+        lambda: search.uniform([], select=NEAR),
+        lambda: search.greedy([], select=NEAR),
+        lambda: search.grid(MEAN, **more),
+        lambda: search.dirichlet(MEAN, **more),
+        lambda: search.few_shot(MEAN, parents=[], score=lambda p, b: 0.0, examples={"x": np.arange(8)}),
+    ):
+        with pytest.raises(errors.UsageError, match="must hold at least one model; got none"):
+            search_it()
+
+
 def test_merges_that_do_nothing_are_found():
     same = search.grid(lambda w: MODELS[1], parents=MODELS[:2], select=NEAR, points=3, probe=lambda p: p["w"])
     assert any("all 3 trials score" in w for w in same.warnings)

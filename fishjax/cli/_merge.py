@@ -2,14 +2,19 @@
 
 import argparse
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
 
 HELP = "merge models: by a method and options, or by a recipe (RECIPE.yaml OUT)"
 
+_NEGATIVE = re.compile(r"-(?:\d+\.?\d*|\.\d+)(?:e[+-]?\d+)?$|-(?:inf|nan)$", re.IGNORECASE)
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    # What looks like a negative number is a value: argparse itself takes `-1e-1` for an option.
+    parser._negative_number_matcher = _NEGATIVE
     parser.add_argument("paths", metavar="PATH", nargs="*", help="models; or RECIPE.yaml OUT")
     parser.add_argument("--method", help="what to do, for instance average, fisher or ties")
     parser.add_argument("--methods", action="store_true", help="list the methods and their options")
@@ -128,7 +133,7 @@ def _options(args: argparse.Namespace) -> dict[str, Any]:
             raise UsageError(f"--set {key} is no option of a method; see `fishjax merge --help`")
         try:
             options[key] = yaml.safe_load(value)
-        except yaml.YAMLError as error:
+        except (yaml.YAMLError, ValueError, RecursionError) as error:
             raise UsageError(f"--set {key}: `{value}` is not a YAML value ({error})") from None
     for key in ("base", "weights", "fishers"):
         if getattr(args, key) is not None:

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from fishjax.merge._rule import Block, Options, Rule, add_up, check_weights, times
+from fishjax.merge._rule import Block, Options, Rule, add_up, check_weights, flag, times
 from fishjax.merge._trees import Keep, merge_trees
 from fishjax.types import Array, Params
 
@@ -36,6 +36,7 @@ def average(
 
 
 def _check(n: int, *, weights: Any, normalize: bool) -> Options:
+    normalize = flag("normalize", normalize)
     weights = check_weights(weights, n, zero_sum=not normalize)
     if normalize and all(isinstance(w, float) and w == weights[0] for w in weights):
         weights = [1.0] * n  # equal weights cancel, and then only the sum is rounded

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from fishjax.errors import UsageError
-from fishjax.merge._rule import Block, Options, Rule, check_weights, number, times, whole_number
+from fishjax.merge._rule import Block, Options, Rule, check_weights, flag, number, times, whole_number
 from fishjax.merge._trees import Keep, merge_trees
 from fishjax.types import Array, Fisher, Params
 
@@ -55,7 +55,12 @@ def _check(n: int, *, weights: Any, floor: float, normalize: bool, favor: int | 
     if favor is not None and not 0 <= whole_number("favor", favor) < n:
         raise UsageError(f"`favor` must be the number of a model, 0 to {n - 1}; got {favor}")
     weights = check_weights(weights, n, negative=False)
-    return {"weights": weights, "floor": number("floor", floor, 0), "normalize": normalize, "favor": favor}
+    return {
+        "weights": weights,
+        "floor": number("floor", floor, 0),
+        "normalize": flag("normalize", normalize),
+        "favor": favor,
+    }
 
 
 def _squares(block: Block, *, normalize: bool, **_: Any) -> list[Array]:

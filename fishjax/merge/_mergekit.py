@@ -15,7 +15,7 @@ from fishjax.checkpoint._dtypes import Spec
 from fishjax.errors import StructureError, UsageError
 from fishjax.merge._blocks import Readable
 from fishjax.merge._plan import Job, find_rule, full_options, open_tensors
-from fishjax.merge._rule import is_inexact, number
+from fishjax.merge._rule import flag, is_inexact, number
 from fishjax.merge._slices import LAYER, Slice, Source, output_tensors
 from fishjax.merge._unpack import is_patch, open_patch
 from fishjax.tree import describe
@@ -96,7 +96,7 @@ def _check_keys(recipe: Mapping[str, Any]) -> None:
     keys = set(recipe)
     if recipe.get("tokenizer_source") == "base" or recipe.get("tokenizer") == {"source": "base"}:
         keys -= {"tokenizer_source", "tokenizer"}  # it is the base's that goes along
-    for key in sorted(keys - _KEYS):
+    for key in sorted(keys - _KEYS, key=str):
         raise UsageError(f"a recipe's key `{key}` is not supported; supported are {', '.join(sorted(_KEYS))}")
     if ("models" in recipe) == ("slices" in recipe):
         raise UsageError("a recipe must have `models` or `slices`, not both")
@@ -139,7 +139,7 @@ def _range(part: Mapping[str, Any]) -> tuple[int, int]:
     if not (
         isinstance(span, list)
         and len(span) == 2
-        and all(isinstance(i, int) for i in span)
+        and all(type(i) is int for i in span)
         and 0 <= span[0] < span[1]
     ):
         raise UsageError(f"`layer_range` must be [first, last + 1]; got {span}")
@@ -198,7 +198,8 @@ def _evaluate(setting: Any, name: str, t: float) -> Any:
     place = t * (len(setting) - 1)
     low = int(place)
     high = min(len(setting) - 1, low + 1)
-    return (1 - (place - low)) * setting[low] + (place - low) * setting[high]
+    first, second = (number("a value over depth", setting[i]) for i in (low, high))
+    return (1 - (place - low)) * first + (place - low) * second
 
 
 def _job(
@@ -223,6 +224,9 @@ def _job(
     def amount(key: str, source: Source | None = None, default: float | None = None) -> float:
         return number(key, get(key, source, default))
 
+    def switch(key: str, default: bool) -> bool:
+        return flag(key, get(key, default=default))
+
     def make(rule: str, models: Sequence[Readable], origin: Readable | None = None, **options: Any) -> Job:
         _, found = find_rule(rule)
         if found.needs_base and origin is None:
@@ -236,27 +240,27 @@ def _job(
         return make("average", tensors, weights=[amount("scale", piece.sources[0], 1.0)], normalize=False)
     if method == "linear":
         weights = [amount("weight", s) for s, _ in pairs]
-        return make("average", tensors, weights=weights, normalize=bool(get("normalize", default=True)))
+        return make("average", tensors, weights=weights, normalize=switch("normalize", True))
     if method == "slerp":
         if base is None or len(rest) != 1:
             raise UsageError("mergekit's `slerp` needs a `base_model` and one other model")
         return make("slerp", [base, *rest], t=amount("t"), compat="mergekit")
     if method == "nuslerp":
-        if not get("nuslerp_flatten", default=True) or get("nuslerp_row_wise", default=False):
+        if not switch("nuslerp_flatten", True) or switch("nuslerp_row_wise", False):
             raise UsageError("`nuslerp_flatten: false` and `nuslerp_row_wise: true` are not supported")
         weights = [amount("weight", s) for s, _ in others]
         t = weights[-1] / sum(weights) if len(weights) == 2 and abs(sum(weights)) >= 1e-6 else 0.5
         return make("slerp", rest, t=t) if base is None else make("nuslerp", rest, base, t=t)
     if method == "model_stock":
-        if get("filter_wise", default=False):
+        if switch("filter_wise", False):
             raise UsageError("`filter_wise: true` is not supported")
         return make("model_stock", rest, base, compat="mergekit")
     options: dict[str, Any] = {
         "weights": [amount("weight", s) for s, _ in others],
         "scale": amount("lambda", default=1.0),
     }
-    normalize = bool(get("normalize", default=method == "ties"))
-    rescale = bool(get("rescale", default=method.startswith("dare")))
+    normalize = switch("normalize", method == "ties")
+    rescale = switch("rescale", method.startswith("dare"))
     if method == "task_arithmetic":
         return make(
             method, rest, base, normalize=normalize and abs(sum(options["weights"])) >= 1e-8, **options

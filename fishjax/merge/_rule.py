@@ -111,10 +111,14 @@ def number(name: str, x: Any, low: float = -math.inf, high: float = math.inf) ->
     """
     if is_traced(x):
         return x
+    if _is_bool(x):
+        raise UsageError(f"`{name}` must be a number; got {x!r}")
     try:
         value = float(x)
     except (TypeError, ValueError):
         raise UsageError(f"`{name}` must be a number; got {x!r}") from None
+    except OverflowError:
+        raise UsageError(f"`{name}` must be a finite number; got an integer beyond all floats") from None
     if not math.isfinite(value) or not low <= value <= high:
         span = "" if low == -math.inf and high == math.inf else f" in [{low:g}, {high:g}]"
         raise UsageError(f"`{name}` must be a finite number{span}; got {value}")
@@ -136,9 +140,26 @@ def whole_number(name: str, x: Any) -> int:
       UsageError: it is something else.
     """
     try:
-        return operator.index(x)
+        if not _is_bool(x):
+            return operator.index(x)
     except TypeError:
-        raise UsageError(f"`{name}` must be an integer; got {x!r}") from None
+        pass
+    raise UsageError(f"`{name}` must be an integer; got {x!r}")
+
+
+def flag(name: str, x: Any) -> bool:
+    """Return a bool; 0 and 1 will do.
+
+    Raises:
+      UsageError: it is something else, such as the text "no".
+    """
+    if not isinstance(x, bool | np.bool_ | int | float) or x not in (0, 1):
+        raise UsageError(f"`{name}` must be true or false; got {x!r}")
+    return bool(x)
+
+
+def _is_bool(x: Any) -> bool:
+    return isinstance(x, bool | np.bool_)
 
 
 def _listed(x: Any) -> list[Any] | None:

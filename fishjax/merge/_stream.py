@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fishjax import tree
-from fishjax.errors import StructureError
+from fishjax.errors import StructureError, UsageError
 from fishjax.merge._blocks import Buffers
 from fishjax.merge._plan import Job, measured_together
 from fishjax.merge._rule import Block, Rule
@@ -80,7 +80,14 @@ class Engine:
             merged = self.rules[job.rule].leaf(
                 block._replace(measured=self.measured[piece.job]), **job.options
             )
-            return np.atleast_1d(merged).astype(job.spec.dtype, copy=False)
+        with np.errstate(over="raise"):
+            try:
+                return np.atleast_1d(merged).astype(job.spec.dtype, copy=False)
+            except FloatingPointError:
+                raise UsageError(
+                    f"`{job.name}` has entries beyond what {job.spec.dtype} can hold; give a wider `dtype`, "
+                    "or take it from one model by `keep`"
+                ) from None
 
     def read(self, piece: Piece) -> Block:
         """Return a piece's entries of every input, widened."""

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from fishjax.errors import UsageError
-from fishjax.merge._rule import Block, Options, Rule, add_up, check_weights, deltas, number, only, times
+from fishjax.merge._rule import Block, Options, Rule, add_up, check_weights, deltas, flag, number, only, times
 from fishjax.merge._trees import Keep, merge_trees
 from fishjax.types import Array, Params
 
@@ -66,6 +66,7 @@ def wise_ft(models: Sequence[Params], *, base: Params, alpha: float, keep: Keep 
 
 def check_sum(n: int, weights: Any, scale: Any, *, elect: bool, normalize: bool) -> Options:
     """Return the checked options of `combined` and its scale; weights are divided by their sum here."""
+    elect, normalize = flag("elect", elect), flag("normalize", normalize)
     weights = check_weights(weights, n, zero_sum=not normalize, negative=not elect)
     if normalize and not elect:
         mass = add_up(weights)

@@ -113,6 +113,13 @@ def chosen(
     return Choice(weights, params, trials, table, warnings)
 
 
+def count(parents: Sequence[Params], name: str = "parents") -> int:
+    """Return how many models there are to choose among, at least one."""
+    if not parents:
+        raise UsageError(f"`{name}` must hold at least one model; got none")
+    return len(parents)
+
+
 def checked_score(select: Score, params: Params) -> float:
     score = float(select(params))
     if score != score:

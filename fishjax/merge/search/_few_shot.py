@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from itertools import permutations
 
 from fishjax.errors import UsageError
-from fishjax.merge.search._among import Choice, Merge, Score, Trial, checked_score, chosen, one_hot
+from fishjax.merge.search._among import Choice, Merge, Score, Trial, checked_score, chosen, count, one_hot
 from fishjax.merge.search._split import split
 from fishjax.types import Array, Batch, Params
 
@@ -56,7 +56,7 @@ def few_shot(
     >>> [round(w, 1) for w in found.weights]
     [0.2, 0.8]
     """
-    n = len(parents)
+    n = count(parents)
     if trials <= n:
         raise UsageError(
             f"`trials` must be at least {n + 1}, to try the average and each parent; got {trials}"

@@ -3,9 +3,8 @@
 from collections.abc import Sequence
 from typing import Any
 
-from fishjax.errors import UsageError
 from fishjax.merge._average import average
-from fishjax.merge.search._among import Choice, Score, Trial, among, checked_score, chosen, one_hot
+from fishjax.merge.search._among import Choice, Score, Trial, among, checked_score, chosen, count, one_hot
 from fishjax.types import Params
 
 
@@ -16,7 +15,7 @@ def uniform(models: Sequence[Params], *, select: Score, **more: Any) -> Choice:
     >>> uniform([{"w": np.ones(2)}, {"w": np.zeros(2)}], select=lambda p: -abs(p["w"] - 0.5).sum()).weights
     (0.5, 0.5)
     """
-    n = len(models)
+    n = count(models, "models")
     mean = lambda weights: average(models, weights=weights)
     return among(mean, [[1 / n] * n], parents=models, select=select, **more)
 
@@ -38,9 +37,7 @@ def greedy(models: Sequence[Params], *, select: Score, **more: Any) -> Choice:
     >>> greedy(models, select=lambda p: -abs(float(p["w"]) - 0.6)).weights
     (0.5, 0.0, 0.5)
     """
-    n = len(models)
-    if not n:
-        raise UsageError("`models` must hold at least one model; got none")
+    n = count(models, "models")
     ends = [Trial(one_hot(i, n), checked_score(select, m)) for i, m in enumerate(models)]
     order = sorted(range(n), key=lambda i: -ends[i].score)
     kept, best, trials = [order[0]], ends[order[0]].score, list(ends)

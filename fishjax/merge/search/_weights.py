@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from fishjax.errors import UsageError
-from fishjax.merge.search._among import Choice, Merge, Score, among
+from fishjax.merge.search._among import Choice, Merge, Score, among, count
 from fishjax.types import Params
 
 
@@ -29,7 +29,7 @@ def grid(merge: Merge, *, parents: Sequence[Params], select: Score, points: int 
     """
     if points < 2:
         raise UsageError(f"`points` must be at least 2, for both ends; got {points}")
-    steps, n = points - 1, len(parents)
+    steps, n = points - 1, count(parents)
     candidates = [[s / steps for s in share] for share in _shares(steps, n)]
     return among(merge, candidates, parents=parents, select=select, **more)
 
@@ -56,7 +56,7 @@ def dirichlet(
     """
     if trials < 1:
         raise UsageError(f"`trials` must be at least 1; got {trials}")
-    draw, n = random.Random(seed), len(parents)
+    draw, n = random.Random(seed), count(parents)
     candidates = [[1 / n] * n]
     while len(candidates) < trials:
         sizes = [draw.expovariate(1.0) for _ in range(n)]
