@@ -1,12 +1,15 @@
 """Conflicts before merging, counted entry by entry here."""
 
 import json
+import tracemalloc
+from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 
 from fishjax import checkpoint, cli, errors, merge, patches
+from fishjax.merge._statistics import GRAIN
 
 RNG = np.random.default_rng(0)
 SHAPES = {"emb": (7, 4), "layers.0.w": (6, 5), "layers.0.b": (5,), "layers.1.w": (6, 5)}
@@ -70,6 +73,51 @@ def test_fishers_that_do_not_fit_are_told():
             merge.explain(BASE, MODELS, fishers=[FISHERS[0], {**short, "emb": np.full((7, 4), bad)}])
     three = [FISHERS[0], FISHERS[1], FISHERS[1]]  # the last two are the same
     assert merge.explain(BASE, [*MODELS, BASE], fishers=three).total.overlap == pytest.approx(1)
+
+
+def test_files_are_looked_at_block_by_block(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    rng, n = np.random.default_rng(0), 40 * GRAIN
+    normal = lambda *shape: rng.standard_normal(shape).astype(np.float32)
+    base = {"layers": {"0": {"w": normal(40, GRAIN), "b": normal(GRAIN + 3)}}, "head": normal(5)}
+    some = lambda: np.sort(rng.choice(n, 1000, replace=False)).astype(np.int32)
+    changes = [
+        {"layers.0.w": patches.Sparse(some(), normal(1000)), "head": patches.Dense(normal(5))},
+        {"layers.0.w": patches.LowRank(normal(40, 1, 1), normal(1, GRAIN, 1), 0.5)},
+    ]
+    checkpoint.save_params("base", base)
+    checkpoint.save_params("model", jax.tree.map(lambda x: x + 1, base))
+    for i, change in enumerate(changes):
+        checkpoint.save_patch(f"p{i}", change, base=base)
+    fishers = [jax.tree.map(abs, base)] * 3
+    checkpoint.save_fisher("f", fishers[0], metadata={})
+    tuned = [jax.tree.map(np.asarray, patches.apply(base, c)) for c in changes]
+    want = merge.explain(base, [*tuned, checkpoint.load_params("model")], fishers=fishers, weights=[1, 2, 3])
+    tracemalloc.start()
+    got = merge.explain_files("base", ["p0", "p1", "model"], fishers=["f"] * 3, weights=[1, 2, 3])
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    for a, b in zip(got.total, want.total, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-6)
+    assert list(got.layers) == list(want.layers) and got.total.changed[0] == 1005
+    assert peak < 8 * n  # less than one leaf in float64: for three models and their Fishers
+
+
+def test_fishers_of_files_are_checked(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    base = {"w": np.ones(100, np.float32)}
+    checkpoint.save_params("base", base)
+    checkpoint.save_fisher("f", base, metadata={})
+    checkpoint.save_mask("mask", {"w": np.ones(100, bool)})
+    args = ["merge", "--explain", "--base", "base", "--fishers", "f"]
+    assert cli.main([*args, "mask", "--", "base", "base"]) == 3
+    assert "`mask` is a mask file; wanted a fisher" in capsys.readouterr().err
+    assert cli.main([*args, "f", "--", "base", "mask"]) == 3
+    data = bytearray(Path("f").read_bytes())
+    data[-1] ^= 1
+    Path("g").write_bytes(data)
+    assert cli.main([*args, "g", "--", "base", "base"]) == 3
+    assert "`g` is corrupt" in capsys.readouterr().err
 
 
 def test_two_patches_that_clash_on_the_command_line(tmp_path, capsys, monkeypatch):

@@ -1,16 +1,25 @@
 """What a merge would come to, before it is made: where contributions clash, and what each would lose."""
 
+import math
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from fishjax import tree
+from fishjax.checkpoint._dtypes import Spec
 from fishjax.errors import StructureError, UsageError
+from fishjax.merge._blocks import Buffers, Readable
+from fishjax.merge._files import check_inputs
+from fishjax.merge._plan import open_tensors
 from fishjax.merge._rule import check_weights, is_inexact
+from fishjax.merge._statistics import GRAIN
 from fishjax.merge._trees import Keep, kept_leaves
+from fishjax.merge._unpack import is_patch, open_patch
 from fishjax.types import Array, Fisher, Params
 
 _LAYER = re.compile(r"^(.*?\.\d+)\.")
@@ -69,13 +78,10 @@ def explain(
     >>> found.total.changed, found.total.shared, found.total.opposed
     ([2, 2], 1, 1)
     """
-    flat, n = tree.flatten(base), len(models)
-    numbers = check_weights(weights, n)
-    if fishers is not None and len(fishers) != n:
-        raise UsageError(f"`fishers` must be one for each of the {n} models; got {len(fishers)}")
-    tuned = [tree.flatten(m) for m in models]
-    known = [tree.flatten(f) for f in fishers] if fishers is not None else None
-    return _conflicts(flat, tuned, known, numbers, keep)
+    numbers = _check(len(models), fishers, weights)
+    held = lambda params: {n: Held(x) for n, x in tree.flatten(params).items()}
+    known = None if fishers is None else [held(f) for f in fishers]
+    return _conflicts(held(base), [held(m) for m in models], known, numbers, keep)
 
 
 def explain_files(
@@ -86,25 +92,22 @@ def explain_files(
     weights: Any = None,
     keep: Keep | None = None,
 ) -> Conflicts:
-    """Do what `explain` does for files: models, or patches for the base. Needs no jax.
+    """Do what `explain` does for files: models, or patches for the base, a block at a time. Needs no jax.
 
     Raises:
       StructureError: as in `explain`.
+      FileFormatError: a file is corrupt, or of another kind.
       WrongBaseError: a patch is for another base.
     """
-    from contextlib import ExitStack
-
-    from fishjax.checkpoint import open_params
-
+    numbers = _check(len(inputs), fishers, weights)
     with ExitStack() as stack:
-        origin = stack.enter_context(open_params(base))
-        tuned = [_open(stack, path, origin) for path in inputs]
-        if fishers is not None and len(fishers) != len(inputs):
-            raise UsageError(
-                f"`fishers` must be one for each of the {len(inputs)} models; got {len(fishers)}"
-            )
-        known = [stack.enter_context(open_params(f)) for f in fishers] if fishers is not None else None
-        return _conflicts(origin, tuned, known, check_weights(weights, len(inputs)), keep)
+        origin = open_tensors(stack, base)
+        tuned: list[Mapping[str, Readable]] = [
+            open_patch(path, origin) if is_patch(path) else open_tensors(stack, path) for path in inputs
+        ]
+        known = None if fishers is None else [open_tensors(stack, path, "fisher") for path in fishers]
+        check_inputs([t for tensors in [*tuned, *(known or [])] for t in tensors.values()], map)
+        return _conflicts(origin, tuned, known, numbers, keep)
 
 
 def table(found: Conflicts, names: Sequence[str]) -> str:
@@ -125,24 +128,43 @@ def table(found: Conflicts, names: Sequence[str]) -> str:
     return "\n".join(lines + [f"not merged: `{n}` ({why})" for n, why in found.skipped.items()])
 
 
-def _open(stack: Any, path: str | os.PathLike, base: Mapping[str, Array]) -> Mapping[str, Array]:
-    """Open a model, or fold a patch into the leaves that it changes."""
-    from fishjax.checkpoint import open_params
-    from fishjax.merge._unpack import fold_patch, is_patch
+class Held(NamedTuple):
+    """A leaf in memory, read like one in a file."""
 
-    return fold_patch(path, base) if is_patch(path) else stack.enter_context(open_params(path))
+    array: Array
+
+    @property
+    def spec(self) -> Spec:
+        return Spec(np.dtype(self.array.dtype), tuple(self.array.shape))
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.array.shape)
+
+    def fill(self, data: np.ndarray, start: int) -> None:
+        data[:] = np.asarray(self.array).reshape(-1)[start : start + data.size]
+
+    def identity(self) -> list[Any]:
+        return [id(self.array)]
+
+
+def _check(n: int, fishers: Sequence[Any] | None, weights: Any) -> list[float]:
+    if fishers is not None and len(fishers) != n:
+        raise UsageError(f"`fishers` must be one for each of the {n} models; got {len(fishers)}")
+    return check_weights(weights, n)
 
 
 def _conflicts(
-    base: Mapping[str, Array],
-    tuned: Sequence[Mapping[str, Array]],
-    fishers: Sequence[Mapping[str, Array]] | None,
+    base: Mapping[str, Readable],
+    tuned: Sequence[Mapping[str, Readable]],
+    fishers: Sequence[Mapping[str, Readable]] | None,
     weights: Sequence[float],
     keep: Keep | None,
 ) -> Conflicts:
     kept = kept_leaves(tuned, keep)
     layers: dict[str, list[_Sums]] = {}
     skipped: dict[str, str] = {}
+    buffers = Buffers()
     for name in sorted({*base, *(n for m in tuned for n in m)}):
         if name in kept:
             skipped[name] = f"kept from model {kept[name]}"
@@ -150,27 +172,29 @@ def _conflicts(
         if name not in base:
             skipped[name] = f"only in model {next(i for i, m in enumerate(tuned) if name in m)}"
             continue
-        if not is_inexact(base[name].dtype):
-            skipped[name] = f"{base[name].dtype}"
+        if not is_inexact(base[name].spec.dtype):
+            skipped[name] = f"{base[name].spec.dtype}"
             continue
         for i, m in enumerate(tuned):
-            if name in m and tuple(m[name].shape) != tuple(base[name].shape):
+            if name in m and m[name].spec.shape != base[name].spec.shape:
                 raise StructureError(
-                    f"`{name}` is {tree.describe(base[name])} in the base "
-                    f"and {tree.describe(m[name])} in model {i}; take it from one model by `keep`"
+                    f"`{name}` is {tree.describe(base[name].spec)} in the base "
+                    f"and {tree.describe(m[name].spec)} in model {i}; take it from one model by `keep`"
                 )
         lacking = [i for i, f in enumerate(fishers or []) if name not in f]
         if lacking:
             skipped[name] = f"no Fisher in model {lacking[0]}"
             continue
         for i, f in enumerate(fishers or []):
-            if tuple(f[name].shape) != tuple(base[name].shape):
+            if f[name].spec.shape != base[name].spec.shape:
                 raise StructureError(
-                    f"`{name}` is {tree.describe(base[name])} in the base "
-                    f"and {tree.describe(f[name])} in the Fisher of model {i}"
+                    f"`{name}` is {tree.describe(base[name].spec)} in the base "
+                    f"and {tree.describe(f[name].spec)} in the Fisher of model {i}"
                 )
         layer = found[1] if (found := _LAYER.match(name)) else name
-        layers.setdefault(layer, []).append(_sums(name, base, tuned, fishers, weights))
+        beside = [f[name] for f in fishers or []]
+        sums = _sums(name, base[name], [m.get(name) for m in tuned], beside, weights, buffers)
+        layers.setdefault(layer, []).append(sums)
     clashes = {layer: _clash(sums, len(tuned), fishers is not None) for layer, sums in layers.items()}
     total = _clash((s for sums in layers.values() for s in sums), len(tuned), fishers is not None)
     return Conflicts(clashes, total, skipped)
@@ -182,32 +206,51 @@ class _Sums(NamedTuple):
     overlap: np.ndarray  # [n, n]: sum sqrt(F_i F_j)
 
 
-def _sums(name: str, base: Any, tuned: Any, fishers: Any, weights: Sequence[float]) -> _Sums:
-    get: Callable[[Any], np.ndarray] = lambda x: np.asarray(x).astype(np.float64).reshape(-1)
-    origin = get(base[name])
-    steps = [get(m[name]) - origin if name in m else np.zeros_like(origin) for m in tuned]
-    ups, downs = sum((s > 0).astype(np.int64) for s in steps), sum((s < 0).astype(np.int64) for s in steps)
-    changed = [np.count_nonzero(s) for s in steps]
-    counts = [
-        origin.size,
-        np.count_nonzero(ups + downs > 1),
-        np.count_nonzero((ups > 0) & (downs > 0)),
-        *changed,
-    ]
-    increase, overlap = np.zeros(len(tuned)), np.zeros((len(tuned), len(tuned)))
-    if fishers is not None:
-        known = [get(f[name]) for f in fishers]
+def _sums(
+    name: str,
+    base: Readable,
+    tuned: Sequence[Readable | None],
+    fishers: Sequence[Readable],
+    weights: Sequence[float],
+    buffers: Buffers,
+) -> _Sums:
+    """Return a leaf's sums, taken block by block; a model that lacks it changes nothing."""
+    n = len(tuned)
+    total = _Sums(np.zeros(3 + n, np.int64), np.zeros(n), np.zeros((n, n)))
+    for start in range(0, base.size, GRAIN):
+        stop = min(start + GRAIN, base.size)
+        read: Callable[[Readable], np.ndarray] = partial(_wide, buffers, start, stop)
+        origin = read(base)
+        steps = [read(m) - origin if m is not None else np.zeros_like(origin) for m in tuned]
+        known = [read(f) for f in fishers]
         for i, f in enumerate(known):
             if not (np.isfinite(f) & (f >= 0)).all():
                 raise UsageError(
                     f"`fishers` (number {i}) must be finite and >= 0; `{name}` is not everywhere"
                 )
-        masses = [w * np.maximum(f, 1e-6) for w, f in zip(weights, known, strict=True)]
-        merged = sum(m * s for m, s in zip(masses, steps, strict=True)) / sum(masses)
-        increase = np.array([0.5 * (f * (merged - s) ** 2).sum() for f, s in zip(known, steps, strict=True)])
-        roots = [np.sqrt(f) for f in known]
-        overlap = np.array([[(a * b).sum() for b in roots] for a in roots])
-    return _Sums(np.array(counts, np.int64), increase, overlap)
+        total = _Sums(*(a + b for a, b in zip(total, _block_sums(steps, known, weights), strict=True)))
+    return total
+
+
+def _wide(buffers: Buffers, start: int, stop: int, leaf: Readable) -> np.ndarray:
+    return buffers.read("raw", leaf, start, stop).astype(np.float64)
+
+
+def _block_sums(
+    steps: Sequence[np.ndarray], fishers: Sequence[np.ndarray], weights: Sequence[float]
+) -> _Sums:
+    n = len(steps)
+    ups, downs = sum((s > 0).astype(np.int64) for s in steps), sum((s < 0).astype(np.int64) for s in steps)
+    opposed = np.count_nonzero((ups > 0) & (downs > 0))
+    changed = [np.count_nonzero(s) for s in steps]
+    counts = np.array([steps[0].size, np.count_nonzero(ups + downs > 1), opposed, *changed], np.int64)
+    if not fishers:
+        return _Sums(counts, np.zeros(n), np.zeros((n, n)))
+    masses = [w * np.maximum(f, 1e-6) for w, f in zip(weights, fishers, strict=True)]
+    merged = sum(m * s for m, s in zip(masses, steps, strict=True)) / sum(masses)
+    increase = np.array([0.5 * (f * (merged - s) ** 2).sum() for f, s in zip(fishers, steps, strict=True)])
+    roots = [np.sqrt(f) for f in fishers]
+    return _Sums(counts, increase, np.array([[(a * b).sum() for b in roots] for a in roots]))
 
 
 def _clash(sums: Iterable[_Sums], n: int, with_fishers: bool) -> Clash:

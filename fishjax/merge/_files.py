@@ -1,7 +1,7 @@
 """`files`: any merge method between files, in bounded memory, without jax."""
 
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ import numpy as np
 from fishjax.checkpoint._atomic import naming
 from fishjax.checkpoint._digest import root
 from fishjax.checkpoint._safetensors import open_file
-from fishjax.merge._blocks import Tensor, hash_tensor
+from fishjax.merge._blocks import Readable, Tensor, hash_tensor
 from fishjax.merge._card import model_card
 from fishjax.merge._cost import Cost, cost
 from fishjax.merge._output import Output, carry, refuse_output, write_texts
@@ -148,7 +148,7 @@ def run_jobs(
     output = None
     try:
         with naming(out):
-            _check(engine)
+            check_inputs([t for job in jobs for _, t in job.inputs()], engine.map)
             output = Output(
                 out, {j.name: j.spec for j in jobs}, key_of(jobs, block=engine.block, out=str(out))
             )
@@ -189,13 +189,17 @@ def run_jobs(
             output.close()
 
 
-def _check(engine: Engine) -> None:
-    """Read whatever carries a checksum, and the bases that patches are for, before anything is merged."""
-    inputs = [t for job in engine.jobs for _, t in job.inputs()]
+def check_inputs(inputs: Sequence[Readable], run: Callable[..., Iterator[Any]]) -> None:
+    """Read whatever carries a checksum, and the bases that patches are for; `run` maps over threads.
+
+    Raises:
+      FileFormatError: a file is corrupt.
+      WrongBaseError: a patch is for another base.
+    """
     sealed = sorted({t.path for t in inputs if isinstance(t, Tensor) and t.sealed})
-    for file in engine.map(lambda path: open_file(path, sealed=True), sealed):
+    for file in run(lambda path: open_file(path, sealed=True), sealed):
         file.close()  # its checksum was right
-    check_patches([t for t in inputs if isinstance(t, Patched)], engine.map)
+    check_patches([t for t in inputs if isinstance(t, Patched)], run)
 
 
 def _digest(engine: Engine, tensors: Mapping[str, Any]) -> Digest:

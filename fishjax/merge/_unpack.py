@@ -9,7 +9,6 @@ import numpy as np
 
 from fishjax import tree
 from fishjax.checkpoint import _kinds, read_patch
-from fishjax.checkpoint._digest import leaf_digest
 from fishjax.checkpoint._dtypes import Spec
 from fishjax.checkpoint._header import SEAL
 from fishjax.checkpoint._manifest import is_sealed, read_manifest, take
@@ -123,23 +122,6 @@ def check_patches(tensors: Sequence[Patched], run: Callable[..., Iterator[Any]])
     for t in tensors:
         if digests[t.name, t.base] != t.patch.file.base_digests[t.name]:
             raise WrongBaseError(_other_base(t.patch.path, t.name))
-
-
-def fold_patch(path: str | os.PathLike, base: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Return the leaves that a patch changes, as they are then.
-
-    Raises:
-      WrongBaseError: the patch is for another base.
-    """
-    file = read_patch(path)
-    for name, want in file.base_digests.items():
-        if name not in base or leaf_digest(name, base[name]) != want:
-            raise WrongBaseError(_other_base(path, name))
-    return {
-        target: _kinds.fold(name, change, target, base[target])
-        for name, change in file.changes.items()
-        for target in _kinds.touched(name, change)
-    }
 
 
 def _other_base(path: str | os.PathLike, name: str) -> str:
