@@ -154,6 +154,30 @@ def test_shards_and_fishers(world, tmp_path, monkeypatch):
     assert "f0.safetensors" not in card.split("---")[1]
 
 
+def test_fishers_of_other_models_are_told(world, tmp_path, capsys, monkeypatch):
+    trees, paths = world()
+    monkeypatch.chdir(tmp_path)
+    for name, model, fisher in zip("ab", trees["models"], trees["fishers"], strict=True):
+        checkpoint.save_params(name, model)
+        checkpoint.save_fisher(f"f{name}", fisher, metadata={"base": checkpoint.digest(model)})
+    checkpoint.save_fisher("fc", trees["base_fisher"], metadata={"base": checkpoint.digest(trees["base"])})
+    models, given = ["a", "b"], {"base": paths["base"], "base_fisher": "fc"}
+    merge.files("fisher", models, "o1", fishers=["fa", "fb"])
+    merge.files("gradient_matching", models, "o2", fishers=["fa", "fb"], **given)
+    merge.files("fisher", models, "o3", fishers=paths["fishers"])  # these do not say
+    assert "warning" not in capsys.readouterr().err
+    merge.files("gradient_matching", models, "o4", fishers=["fb", "fc"], **(given | {"base_fisher": "fa"}))
+    told = capsys.readouterr().err
+    assert "the Fisher `fb` says that it is of `b`; here it stands for `a`" in told
+    assert "the Fisher `fc` says that it is of `" in told and "`fa` says that it is of `a`" in told
+    merge.files("fisher", models, "o5", fishers=["fa", "fc"])
+    assert "`fc` says that it is of another model; here it stands for `b`" in capsys.readouterr().err
+    with pytest.raises(errors.UsageError, match="one for each of the 2 models; got 1"):
+        merge.files("fisher", models, "o6", fishers="fa")
+    with pytest.raises(errors.UsageError, match="one for each of the 2 models; got 1"):
+        merge.fisher(trees["models"], fishers=trees["fishers"][0])
+
+
 def test_only_links_out_of_a_folder_are_not_carried(tmp_path):
     source, out = tmp_path / "snapshots" / "abc", tmp_path / "out"
     for folder in (source, out, tmp_path / "blobs"):

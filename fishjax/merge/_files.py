@@ -1,7 +1,8 @@
 """`files`: any merge method between files, in bounded memory, without jax."""
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import numpy as np
 
 from fishjax.checkpoint._atomic import naming
 from fishjax.checkpoint._digest import root
+from fishjax.checkpoint._manifest import is_sealed, read_manifest, take
 from fishjax.checkpoint._safetensors import open_file
 from fishjax.merge._blocks import Readable, Tensor, hash_tensor
 from fishjax.merge._card import model_card
@@ -87,8 +89,8 @@ def files(
     with ExitStack() as stack:
         jobs = plan(stack, method, inputs, base=base, keep=keep, dtype=dtype, **options)
         sources = [*inputs, *([base] if base is not None else [])]
-        near = list(_paths(options))
-        refuse_output(out, [*sources, *near])
+        near = _fishers(options, inputs, base)
+        refuse_output(out, [*sources, *(path for path, _ in near)])
         more: dict[str, Any] = {"digests": digests, "block": block, "threads": threads}
         if dtype is not None:
             more["config"] = {"dtype": given["dtype"]}
@@ -116,7 +118,7 @@ def estimate(
         jobs = plan(stack, method, inputs, base=base, keep=keep, dtype=dtype, **options)
         sources = [*inputs, *([base] if base is not None else [])]
         more: dict[str, Any] = {"digests": digests, "block": block, "threads": threads}
-        near = list(_paths(options))
+        near = [path for path, _ in _fishers(options, inputs, base)]
         if out is not None:
             refuse_output(out, [*sources, *near])
         return cost(jobs, rules(), out=out, sources=sources, beside=near, carried=sources[-1], **more)
@@ -129,7 +131,7 @@ def run_jobs(
     *,
     sources: Sequence[File],
     carried: File,
-    beside: Sequence[File] = (),
+    beside: Sequence[tuple[File, File | None]] = (),
     config: Mapping[str, Any] | None = None,
     digests: bool = True,
     block: int = BLOCK,
@@ -140,7 +142,7 @@ def run_jobs(
     Args:
       recipe: what was asked for, for the card.
       sources: the models that go in.
-      beside: what else is read, such as Fishers, for the record of the inputs.
+      beside: Fishers that are read too, each with the model that it should be of.
       carried: the one whose configuration and tokenizer go along.
       config: what changes in the configuration, see `carry`.
     """
@@ -168,10 +170,11 @@ def run_jobs(
                 output.done(i)
             digest = _digest(engine, output.tensors) if digests else ""
             if not output.is_file:
-                read = [*sources, *beside]
-                kinds = {**dict.fromkeys(beside, "fisher"), **dict.fromkeys(sources, "model")}
+                read = [*sources, *(path for path, _ in beside)]
+                kinds = {**dict.fromkeys(read, "fisher"), **dict.fromkeys(sources, "model")}
                 ids = {path: _identity(engine, path, kind) if digests else "" for path, kind in kinds.items()}
                 carry(Path(carried), output.folder, **(config or {}))
+                _warn_of_others(beside, ids)
                 named = [(os.fspath(path), ids[path]) for path in read]
                 models, near = named[: len(sources)], named[len(sources) :]
                 parents = [name for name, _ in models if not is_patch(name)]
@@ -222,12 +225,29 @@ def rules() -> Mapping[str, Rule]:
     return merge.METHODS
 
 
-def _paths(options: Mapping[str, Any]) -> Iterable[File]:
-    """Yield the paths among options: a method's Fishers."""
-    for word in ("fishers", "base_fisher"):
-        value = options.get(word)
-        if value is not None:
-            yield from [value] if isinstance(value, (str, os.PathLike)) else value
+def _fishers(
+    options: Mapping[str, Any], inputs: Sequence[File], base: File | None
+) -> list[tuple[File, File | None]]:
+    """Return the Fishers among a method's options, each with the model that it should be of."""
+    given = options.get("fishers") or []
+    own = list(given) if isinstance(given, (list, tuple)) else [given]
+    origin = options.get("base_fisher")
+    return [*zip(own, inputs, strict=False), *([(origin, base)] if origin is not None else [])]
+
+
+def _warn_of_others(beside: Sequence[tuple[File, File | None]], ids: Mapping[File, Digest]) -> None:
+    """Say on stderr which Fishers were made of another model, where they tell and digests are known."""
+    for path, model in beside:
+        if model is None or not ids[model] or is_patch(model) or Path(path).is_dir():
+            continue
+        with open_file(path) as file:
+            if not is_sealed(file.metadata):
+                continue
+            origin = take(path, read_manifest(path, file.metadata), "metadata", dict).get("base")
+        if origin not in (None, ids[model]):
+            of = next((f"`{other}`" for other, id in ids.items() if id == origin), "another model")
+            line = f"warning: the Fisher `{path}` says that it is of {of}; here it stands for `{model}`"
+            print("".join(c for c in line if c.isprintable()), file=sys.stderr)
 
 
 def _recipe(options: Mapping[str, Any]) -> dict[str, Any]:

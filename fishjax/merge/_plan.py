@@ -208,7 +208,9 @@ def _near(
     if paths is None:
         raise UsageError(f"`{word}` must be given: files that lie beside the models")
     if isinstance(paths, (str, os.PathLike)):
-        return [_beside(stack, paths, wanted, f"`{word}`")]
+        if word != "fishers":
+            return [_beside(stack, paths, wanted, f"`{word}`")]
+        paths = [paths]
     if len(paths) != n:
         raise UsageError(f"`{word}` must be one for each of the {n} models; got {len(paths)}")
     return [_beside(stack, p, wanted, f"`{word}` of model {i}") for i, p in enumerate(paths)]

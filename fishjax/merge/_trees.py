@@ -133,7 +133,9 @@ def _near(
 ) -> list[dict[str, Array]]:
     """Return the leaves beside those to be merged of one tree, or of each of a list."""
     if not isinstance(trees, (list, tuple)):
-        return [_beside(trees, wanted, f"`{word}`")]
+        if word != "fishers":
+            return [_beside(trees, wanted, f"`{word}`")]
+        trees = [trees]
     if len(trees) != len(models):
         raise UsageError(f"`{word}` must be one for each of the {len(models)} models; got {len(trees)}")
     return [_beside(t, wanted, f"`{word}` of model {i}") for i, t in enumerate(trees)]
