@@ -305,6 +305,7 @@ def test_methods_from_the_command_line(folder, capsys):
     [
         (["--method", "avrage", "--out", "o", "one", "two"], 2, "no merge method"),
         (["--method", "average", "one", "two"], 2, "give --out"),
+        (["--method", "regmean", "--out", "o", "one", "two"], 2, "`merge.regmean` takes the models"),
         (["--method", "average", "--out", "one", "one", "two"], 2, "is an input"),
         (["--method", "average", "--out", ".", "one", "two"], 2, "`.` names no new file"),
         (["--method", "average", "--out", "", "one", "two"], 2, "`` names no new file"),

@@ -262,6 +262,48 @@ def test_a_contribution_that_is_revoked_was_never_merged(tmp_path):
     assert set(merged) == {"a.w", "c"} and merged["a.w"].indices.size > left["a.w"].indices.size
 
 
+def test_what_cannot_be_resolved_is_told():
+    known = {"c": merge.Evidence(np.array([1, 19]), np.array([1.0, 2.0]), np.array([3.0, 4.0]))}
+    for options, wrong in (
+        ({"prior": np.nan}, "`prior` must be a finite number"),
+        ({"prior": -1.0}, "`prior` must be"),
+        ({"prior": {**BASE, "c": np.full((5, 4), -1.0)}}, "`prior` must be finite and >= 0; `c` is not"),
+        ({"floor": np.nan}, "`floor` must be a finite number"),
+        ({"floor": -1}, "`floor` must be"),
+        ({"normalize": lambda name: np.nan}, r"`normalize\(`c`\)` must be a finite number"),
+    ):
+        with pytest.raises(errors.UsageError, match=wrong):
+            merge.resolve(BASE, known, **options)
+    for prior in ({"a": BASE["a"]}, {"c": np.ones(2)}, {"c": np.ones(20)}, {"c": 1.0}):
+        with pytest.raises(errors.StructureError, match=r"`c` is .* in `prior`; wanted \[5, 4\]"):
+            merge.resolve(BASE, known, prior=prior)
+    with pytest.raises(errors.StructureError, match="does not have"):
+        merge.resolve(BASE, {"c": known["c"]._replace(indices=np.array([-1, 3]))})
+    want = merge.resolve(BASE, known, prior=2.0)["c"].values
+    for two in (2, np.float32(2), np.array(2), jnp.asarray(2.0)):
+        np.testing.assert_array_equal(merge.resolve(BASE, known, prior=two)["c"].values, want)
+    assert merge.resolve(BASE, {"c": merge.Evidence(*np.zeros((3, 0), int))})["c"].indices.size == 0
+
+
+def test_negative_precision_has_no_ancestor():
+    good, bad = ({"w": merge.Evidence(np.array([3]), np.array([p]), np.array([1.0]))} for p in (1.0, -1.0))
+    for parts, wrong in (
+        ((bad, good, good), "`a`"),
+        ((good, bad, good), "`b`"),
+        ((good, good, bad), "`ancestor`"),
+    ):
+        with pytest.raises(errors.UsageError, match=f"{wrong} has a precision of `w` that is negative"):
+            merge.three_way(*parts)
+
+
+def test_a_shift_is_not_left_behind():
+    one = lambda shift: {"w": merge.Evidence(np.array([3]), np.array([2.0]), np.array([shift]))}
+    assert merge.subtract(one(1.5), one(1.5)) == merge.subtract(merge.add(one(1.5)), one(1.5)) == {}
+    for whole in (one(1.5), merge.add(one(1.5))):
+        with pytest.raises(errors.UsageError, match="never added: of `w` a shift would be left"):
+            merge.subtract(whole, one(1.0))
+
+
 def test_what_has_no_precision_is_refused():
     ones = {"a": {"w": np.ones((6, 8)), "b": np.ones(8)}}
     with pytest.raises(errors.UsageError, match=r"LowRank.*no diagonal"):

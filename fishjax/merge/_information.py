@@ -14,7 +14,8 @@ import numpy as np
 
 from fishjax import tree
 from fishjax.errors import StructureError, UsageError
-from fishjax.types import Fisher, Params, Patch
+from fishjax.merge._rule import number
+from fishjax.types import Array, Fisher, Params, Patch
 
 
 class Evidence(NamedTuple):
@@ -110,7 +111,8 @@ def subtract(whole: Information, part: Information) -> Information:
     back what is 1e-25 of what is taken out; one without (stored as plain float64) what is 1e-9 of it.
 
     Raises:
-      UsageError: the part is not in the whole: a precision would be negative.
+      UsageError: the part is not in the whole: a precision would be negative, or a shift be left where
+        no precision is.
 
     >>> a = {"w": Evidence(np.array([0]), np.array([2.0]), np.array([1.0]))}
     >>> b = {"w": Evidence(np.array([0, 5]), np.array([1.0, 1.0]), np.array([1.0, 0.5]))}
@@ -121,12 +123,18 @@ def subtract(whole: Information, part: Information) -> Information:
     result: Information = {}
     for name, left in rest.items():
         exact = name in whole and whole[name].rest is not None
-        slack = (1e-25 if exact else 1e-9) * _spread(whole.get(name), left.indices).precision
+        was = _spread(whole.get(name), left.indices)
+        least = 1e-25 if exact else 1e-9
+        slack = least * was.precision
         if (left.precision < -slack).any():
             raise UsageError(
                 f"what is subtracted was never added: the precision of `{name}` would be negative"
             )
         known = left.precision > slack
+        if (abs(left.shift) > least * abs(was.shift))[~known].any():
+            raise UsageError(
+                f"what is subtracted was never added: of `{name}` a shift would be left without a precision"
+            )
         if known.any():
             result[name] = Evidence(*(np.asarray(x)[..., known] for x in left))
     return result
@@ -141,6 +149,12 @@ def three_way(a: Information, b: Information, ancestor: Information) -> tuple[In
     Raises:
       UsageError: a precision is negative.
     """
+    for which, part in (("a", a), ("b", b), ("ancestor", ancestor)):
+        for name, evidence in part.items():
+            if not (evidence.precision >= 0).all():
+                raise UsageError(
+                    f"`{which}` has a precision of `{name}` that is negative or NaN; wanted >= 0"
+                )
     whole = _combine([a, b, ancestor], [1.0, 1.0, -1.0])
     guarded = 0
     result: Information = {}
@@ -183,7 +197,9 @@ def resolve(
       A sparse patch; entries of zero precision stay the base's.
 
     Raises:
-      StructureError: information about leaves or entries that the base does not have.
+      StructureError: information about leaves or entries that the base does not have; a prior that lacks
+        a leaf, or has it in another size.
+      UsageError: a prior, floor or factor that is negative or not finite.
 
     >>> from fishjax.patches import Sparse
     >>> base = {"w": np.zeros(3, np.float32)}
@@ -194,22 +210,38 @@ def resolve(
     from fishjax.patches import Sparse
 
     leaves = tree.flatten(params)
-    priors = None if isinstance(prior, int | float) else tree.flatten(prior)
+    floor = number("floor", floor, 0)
+    priors = None
+    if np.ndim(prior) == 0 and not isinstance(prior, Mapping):
+        prior = number("prior", prior, 0)
+    else:
+        priors = tree.flatten(prior)
     patch: dict[str, Any] = {}
     for name, evidence in known.items():
-        if name not in leaves or (evidence.indices.size and evidence.indices[-1] >= leaves[name].size):
+        ends = evidence.indices[:1], evidence.indices[-1:]
+        if name not in leaves or (ends[0] < 0).any() or (ends[1] >= leaves[name].size).any():
             raise StructureError(
                 f"there is information about entries of `{name}` that the base does not have"
             )
         flat = np.asarray(leaves[name]).reshape(-1)[evidence.indices]
-        factor = 1.0 if normalize is None else normalize(name)
-        origin = prior if priors is None else np.asarray(priors[name]).reshape(-1)[evidence.indices]
-        mass = np.maximum(np.asarray(origin, np.float64) + factor * evidence.precision, floor)
+        factor = 1.0 if normalize is None else number(f"normalize(`{name}`)", normalize(name), 0)
+        origin = prior if priors is None else _prior_at(priors, name, leaves[name], evidence.indices)
+        mass = np.maximum(origin + factor * evidence.precision, floor)
         step = np.divide(factor * evidence.shift, mass, out=np.zeros_like(mass), where=mass > 0)
         values = (flat.astype(np.float64) + step).astype(flat.dtype)
         small = np.int32 if leaves[name].size <= np.iinfo(np.int32).max else np.int64
         patch[name] = Sparse(evidence.indices.astype(small), values)
     return patch
+
+
+def _prior_at(priors: Mapping[str, Array], name: str, leaf: Array, indices: np.ndarray) -> np.ndarray:
+    if name not in priors or np.shape(priors[name]) != leaf.shape:
+        got = list(np.shape(priors[name])) if name in priors else "missing"
+        raise StructureError(f"`{name}` is {got} in `prior`; wanted {list(leaf.shape)} as in the base")
+    found = np.asarray(priors[name]).astype(np.float64).reshape(-1)[indices]
+    if not (np.isfinite(found) & (found >= 0)).all():
+        raise UsageError(f"`prior` must be finite and >= 0; `{name}` is not everywhere")
+    return found
 
 
 def _combine(parts: Sequence[Mapping[str, Evidence]], signs: Sequence[float]) -> Information:

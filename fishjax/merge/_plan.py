@@ -98,6 +98,11 @@ def find_rule(method: str | Callable[..., Any]) -> tuple[str, Rule]:
     from fishjax import merge
 
     name = method if isinstance(method, str) else getattr(method, "__name__", repr(method))
+    if name in ("regmean", "grams"):
+        raise UsageError(
+            "`regmean` merges in memory only, for it needs the model's activations; in Python, "
+            "`merge.regmean` takes the models and their Gram matrices, which `merge.grams` collects"
+        )
     if name not in merge.METHODS:
         raise UsageError(f"`{name}` is no merge method; there are {', '.join(merge.METHODS)}")
     return name, merge.METHODS[name]
