@@ -16,7 +16,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     # What looks like a negative number is a value: argparse itself takes `-1e-1` for an option.
     parser._negative_number_matcher = _NEGATIVE
     parser.add_argument("paths", metavar="PATH", nargs="*", help="models; or RECIPE.yaml OUT")
-    parser.add_argument("--method", help="what to do, for instance average, fisher or ties")
+    parser.add_argument(
+        "--method",
+        help="what to do, for instance average, fisher or ties; patches and information make a patch",
+    )
     parser.add_argument("--methods", action="store_true", help="list the methods and their options")
     parser.add_argument("--out", help="a new .safetensors file, or a new folder")
     parser.add_argument("--base", help="the model that all others started from")
@@ -71,6 +74,14 @@ def run(args: argparse.Namespace) -> None:
     if not args.paths:
         raise UsageError("give the models to merge")
     options = _options(args)
+    if args.method in merge.PATCH_METHODS:
+        if args.dry_run or args.out is None:
+            raise UsageError(f"`{args.method}` writes a patch file; give --out, and no --dry-run")
+        _report(
+            {"out": args.out, "digest": merge.merge_patches(args.method, args.paths, args.out, **options)},
+            args.json,
+        )
+        return
     options |= {"digests": not args.no_digests}
     if args.dry_run:
         _report(merge.estimate(args.method, args.paths, out=args.out, **options)._asdict(), args.json)
@@ -179,12 +190,13 @@ def _list_methods(as_json: bool) -> None:
     from fishjax import merge
 
     table = {}
-    for name in merge.METHODS:
-        parameters = inspect.signature(getattr(merge, name)).parameters
+    functions = {name: getattr(merge, name) for name in merge.METHODS} | merge.PATCH_METHODS
+    for name, function in functions.items():
+        parameters = inspect.signature(function).parameters
         table[name] = {
             n: "required" if p.default is inspect.Parameter.empty else p.default
             for n, p in parameters.items()
-            if n not in ("models", "keep")
+            if n not in ("models", "inputs", "out", "keep")
         }
     if as_json:
         print(json.dumps(table))

@@ -14,6 +14,7 @@ from fishjax.merge._fisher import FISHER, fisher
 from fishjax.merge._gradient_matching import GRADIENT_MATCHING, gradient_matching
 from fishjax.merge._information import Evidence, add, information, resolve, subtract, three_way
 from fishjax.merge._model_stock import MODEL_STOCK, model_stock
+from fishjax.merge._patch_files import PATCH_METHODS, information_files, merge_patches, patch_files
 from fishjax.merge._patches import patches
 from fishjax.merge._recipe import estimate_recipe, find_dtype, run_recipe
 from fishjax.merge._regmean import regmean
@@ -46,6 +47,7 @@ def __getattr__(name: str) -> object:
 
 __all__ = [
     "METHODS",
+    "PATCH_METHODS",
     "Evidence",
     "add",
     "average",
@@ -61,8 +63,11 @@ __all__ = [
     "gradient_matching",
     "grams",
     "information",
+    "information_files",
+    "merge_patches",
     "model_stock",
     "nuslerp",
+    "patch_files",
     "patches",
     "regmean",
     "resolve",

@@ -119,11 +119,21 @@ def subtract(whole: Information, part: Information) -> Information:
     >>> subtract(add(a, b), b)["w"].indices
     array([0])
     """
+    return revoke_rounded(whole, part, None)
+
+
+def revoke_rounded(whole: Information, part: Information, rounding: Information | None) -> Information:
+    """Do what `subtract` does for sums that were rounded, as files hold them.
+
+    Args:
+      rounding: for each leaf, as its `shift`, by how much a shift may be wrong; None: sums are exact
+        where they carry their `rest`.
+    """
     rest = _combine([whole, part], [1.0, -1.0])
     result: Information = {}
     for name, left in rest.items():
-        exact = name in whole and whole[name].rest is not None
         was = _spread(whole.get(name), left.indices)
+        exact = rounding is None and name in whole and whole[name].rest is not None
         least = 1e-25 if exact else 1e-9
         slack = least * was.precision
         if (left.precision < -slack).any():
@@ -131,7 +141,10 @@ def subtract(whole: Information, part: Information) -> Information:
                 f"what is subtracted was never added: the precision of `{name}` would be negative"
             )
         known = left.precision > slack
-        if (abs(left.shift) > least * abs(was.shift))[~known].any():
+        wrong = least * abs(was.shift)
+        if rounding is not None:
+            wrong += _spread(rounding.get(name), left.indices).shift
+        if (abs(left.shift) > wrong)[~known].any():
             raise UsageError(
                 f"what is subtracted was never added: of `{name}` a shift would be left without a precision"
             )

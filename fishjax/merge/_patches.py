@@ -7,7 +7,7 @@ import numpy as np
 
 from fishjax import tree
 from fishjax.errors import UsageError
-from fishjax.merge._rule import add_up, check_weights, choice
+from fishjax.merge._rule import add_up, check_weights, choice, whole_number
 from fishjax.types import Array, Params, Patch
 
 
@@ -51,6 +51,8 @@ def patches(
         raise UsageError("`contributions` must hold at least one patch; got none")
     numbers = check_weights(weights, len(contributions), zero_sum=True)
     choice("scales", scales, ("deviations", "logs"))
+    if rank is not None and whole_number("rank", rank) < 1:
+        raise UsageError(f"`rank` must be at least 1; got {rank}")
     leaves = tree.flatten(params)
     for patch in contributions:
         check(params, patch)
@@ -120,8 +122,6 @@ def _low_rank(parts: Sequence[tuple[Any, Any]], rank: int | None) -> Any:
     b = jnp.concatenate([k.b * jnp.asarray(w * k.scale, k.b.dtype) for w, k in parts], axis=-1)
     if rank is None or rank >= a.shape[-1]:
         return LowRank(a, b, 1.0)
-    if rank < 1:
-        raise UsageError(f"`rank` must be at least 1; got {rank}")
     # The SVD of a product of thin factors, through the small middle of their QR decompositions.
     q_a, r_a = np.linalg.qr(np.asarray(a, np.float64).reshape(-1, a.shape[-1]))
     q_b, r_b = np.linalg.qr(np.asarray(b, np.float64).reshape(-1, b.shape[-1]))
