@@ -41,7 +41,7 @@ from fishjax import checkpoint, merge
 from fishjax.merge import _output
 _output.SECONDS = 0.0  # every piece is noted
 _output.Output.__init__.__kwdefaults__["shard_bytes"] = 20_000  # two tensors a file
-out, inputs = pathlib.Path(sys.argv[1]), sys.argv[2:]
+out, (method, inputs, options) = pathlib.Path(sys.argv[1]), json.loads(sys.argv[2])
 calls = ["write", "pwrite", "fsync", "replace", "mkdir", "unlink", "rmdir"]
 real = {name: getattr(os, name) for name in calls} | {"fsync": lambda fd: None}  # no power is cut here
 left = 0
@@ -60,7 +60,7 @@ def fork(after):
         left = after
         for name in calls:
             setattr(os, name, dying(name))
-        merge.files("slerp", inputs, out, t=0.3)
+        merge.files(method, inputs, out, **options)
         real["write"](end, str(after - left).encode())
         os._exit(0)
     os.close(end)
@@ -140,6 +140,7 @@ def models(tmp_path_factory):
     checkpoint.save_params(folder / "base", base)
     checkpoint.save_params(folder / "tuned", tuned)
     checkpoint.diff_files(folder / "base", folder / "tuned", folder / "patch")
+    checkpoint.save_fisher(folder / "fisher", {n: x * x for n, x in tuned.items()}, metadata={})
     return folder
 
 
@@ -173,10 +174,24 @@ def test_a_killed_command_leaves_nothing_half_written_and_can_be_run_again(tmp_p
     assert set(os.listdir(tmp_path)) == {"out"} | ({"f"} if command == "mask" else set())
 
 
-@pytest.mark.parametrize("out", ["out", "out.safetensors"])
-def test_a_merge_killed_at_any_call_ends_in_the_same_bytes(tmp_path, models, out):
+@pytest.mark.parametrize(
+    "out, method, inputs, options",
+    [
+        ("out", "slerp", ["tuned", "base"], {"t": 0.3}),
+        ("out.safetensors", "ties", ["patch", "tuned"], {"density": 0.3, "scope": "global", "base": "base"}),
+        (
+            "out.safetensors",
+            "fisher",
+            ["tuned", "base"],
+            {"normalize": True, "fishers": ["fisher", "fisher"]},
+        ),
+    ],
+)
+def test_a_merge_killed_at_any_call_ends_in_the_same_bytes(tmp_path, models, out, method, inputs, options):
     (models / "base" / "config.json").write_text("{}")
-    done = run(MERGING, out, models / "tuned", models / "base", folder=tmp_path)
+    at = lambda x: [at(v) for v in x] if isinstance(x, list) else str(models / x)
+    options = {k: at(v) if k in ("base", "fishers") else v for k, v in options.items()}
+    done = run(MERGING, out, json.dumps([method, at(inputs), options]), folder=tmp_path)
     assert done.returncode == 0, done.stderr
     seen = json.loads(done.stdout)
     assert seen["all"] > 20 and seen["resumed"] > 10

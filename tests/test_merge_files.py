@@ -96,7 +96,7 @@ def test_streamed_equals_in_memory_bit_by_bit(method, dtype, world, tmp_path):
     assert not (tmp_path / "out.safetensors.partial").exists()
 
 
-@pytest.mark.parametrize("method", ["ties", "dare", "fisher"])
+@pytest.mark.parametrize("method", merge.METHODS)
 def test_the_cut_does_not_matter(method, world, tmp_path):
     _, paths = world()
     models, options = _arguments(method, paths)
