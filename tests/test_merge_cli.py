@@ -240,6 +240,9 @@ def test_a_recipe_and_its_output(folder, capsys):
     assert cli.main(["merge", "r.yaml", "--dry-run"]) == 0
     assert "writes" in capsys.readouterr().out
     assert cli.main(["merge", "r.yaml", "--out", "out"]) == 0 and Path("out/model.safetensors").exists()
+    assert cli.main(["merge", "r.yaml", "out", "--dry-run"]) == 2 and "exists" in capsys.readouterr().err
+    assert cli.main(["merge", str(HERE / "linear.yaml"), "out", "--dry-run"]) == 2
+    assert "exists" in capsys.readouterr().err
     assert cli.main(["merge", "r.yaml"]) == 2 and "RECIPE.yaml OUT" in capsys.readouterr().err
     assert cli.main(["merge", "r.yaml", "a", "b"]) == 2
 
