@@ -64,7 +64,7 @@ def _known(*numbers):
     return merge.add(*parts)
 
 
-def test_information_makes_a_patch_that_carries_its_own():
+def test_information_makes_a_patch_that_carries_its_own(capsys):
     assert _merge("information", "all", "--set", "prior=0.5", "--", "p0", "p1", "p2") == 0
     _same("all", merge.resolve(BASE, _known(0, 1, 2), prior=0.5))
     for name, evidence in _known(0, 1, 2).items():
@@ -73,12 +73,14 @@ def test_information_makes_a_patch_that_carries_its_own():
     assert _merge("information", "two", "p2", "p1") == 0
     assert _merge("information", "again", "--set", "prior=0.5", "--", "two", "p0") == 0
     _same("again", merge.resolve(BASE, _known(0, 1, 2), prior=0.5), rtol=1e-5)
+    assert _merge("information", "more", "all", "p0") == 2  # it moves less than its evidence
+    assert "`all` was merged under a prior" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("prior", ["prior=0", "prior=0.25"])
 @pytest.mark.parametrize("of", [["p0", "p1", "p2"], ["merged"]])
 def test_what_is_revoked_was_never_merged(prior, of):
-    assert _merge("information", "merged", "--set", prior, "--", "p0", "p1", "p2") == 0
+    assert _merge("information", "merged", "p0", "p1", "p2") == 0
     assert _merge("information", "left", "--set", "revoke=p1", prior, "--", *of) == 0
     assert _merge("information", "never", "--set", prior, "--", "p0", "p2") == 0
     _same("left", checkpoint.load_patch("never")[0], rtol=1e-4)
@@ -107,6 +109,7 @@ def test_revoked_from_bfloat16(folder):
         ("information", ["--set", "revoke=p1", "--", "p0"], 2, "never added"),
         ("information", ["--set", "prior=-1", "--", "p0"], 2, "`prior` must be"),
         ("information", ["--set", "revoke=nowhere", "--", "p0"], 2, "nowhere"),
+        ("information", ["--set", "revoke=p0", "revoke=p1", "--", "p0"], 2, "--set revoke is given twice"),
         ("information", ["--set", "revoke=3", "--", "p0"], 2, "`revoke` must be"),
         (
             "information",

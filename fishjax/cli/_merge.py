@@ -142,6 +142,8 @@ def _options(args: argparse.Namespace) -> dict[str, Any]:
             raise UsageError(f"--set wants K=V; got `{pair}`")
         if key in (*RESERVED, "method", "base", "weights", "keep", "dtype"):
             raise UsageError(f"--set {key} is no option of a method; see `fishjax merge --help`")
+        if key in options:
+            raise UsageError(f"--set {key} is given twice; a list is written `{key}=[a, b]`")
         try:
             options[key] = yaml.safe_load(value)
         except (yaml.YAMLError, ValueError, RecursionError) as error:

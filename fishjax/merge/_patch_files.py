@@ -63,7 +63,8 @@ def information_files(
 ) -> Digest:
     """Write the patch that several patch files with their precisions amount to, and its precision.
 
-    The result is a patch of the same kind: it merges with others, and contributions are taken out of it.
+    Without prior and floor the result is a patch of the same kind: it merges with others, and contributions
+    are taken out of it.
 
     Args:
       inputs: patch files for the base that carry a precision.
@@ -131,23 +132,21 @@ def _read_base(inputs: Sequence[File], out: File, base: File) -> Params:
 
 
 def _information(path: File, params: Params) -> Information:
-    """Return a patch file in information form; one that was merged under a prior as it was before that."""
+    """Return a patch file in information form."""
     (patch, metadata), precision = load_patch(path), load_precision(path)
     if lacking := sorted(set(patch) - set(precision)):
         raise UsageError(
             f"`{path}` carries no precision of `{lacking[0]}`; it is merged by `patches`, or saved anew "
             "by `save_patch` with `precision=`"
         )
-    known = information(params, patch, tree.nest(precision))
     recipe = metadata.get("recipe")
-    if not isinstance(recipe, Mapping) or recipe.get("method") != "information":
-        return known
-    prior, floor = (number(f"{word}` of `{path}", recipe.get(word, 0), 0) for word in ("prior", "floor"))
-    for name, e in known.items():
-        mass = np.maximum(prior + e.precision, floor)
-        grown = np.divide(mass, e.precision, out=np.zeros_like(mass), where=e.precision > 0)
-        known[name] = e._replace(shift=e.shift * grown)
-    return known
+    if isinstance(recipe, Mapping) and (recipe.get("prior") or recipe.get("floor")):
+        # To undo that by what a file says of itself would let its author move weights as far as he likes.
+        raise UsageError(
+            f"`{path}` was merged under a prior or floor, and moves less than its evidence; give its "
+            "contributions, or what they merge to without either"
+        )
+    return information(params, patch, tree.nest(precision))
 
 
 def _rounding(whole: Information, part: Information, params: Params) -> Information:

@@ -80,7 +80,7 @@ class Engine:
             merged = self.rules[job.rule].leaf(
                 block._replace(measured=self.measured[piece.job]), **job.options
             )
-        with np.errstate(over="raise"):
+        with np.errstate(over="raise", invalid="ignore"):
             try:
                 return np.atleast_1d(merged).astype(job.spec.dtype, copy=False)
             except FloatingPointError:
