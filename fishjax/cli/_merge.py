@@ -77,10 +77,8 @@ def run(args: argparse.Namespace) -> None:
     if args.method in merge.PATCH_METHODS:
         if args.dry_run or args.out is None:
             raise UsageError(f"`{args.method}` writes a patch file; give --out, and no --dry-run")
-        _report(
-            {"out": args.out, "digest": merge.merge_patches(args.method, args.paths, args.out, **options)},
-            args.json,
-        )
+        digest = merge.merge_patches(args.method, args.paths, args.out, **options)
+        _report({"out": args.out, "digest": digest}, args.json)
         return
     options |= {"digests": not args.no_digests}
     if args.dry_run:

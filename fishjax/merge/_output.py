@@ -257,7 +257,12 @@ def _lock(partial: Path) -> int:
     """
     with contextlib.suppress(FileExistsError):
         os.mkdir(partial)
-    fd = os.open(partial / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
+    try:
+        fd = os.open(partial / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
+    except OSError:
+        with contextlib.suppress(OSError):
+            os.rmdir(partial)  # if it is empty
+        raise
     try:
         with contextlib.suppress(OSError):  # a file system may know no locks
             try:
