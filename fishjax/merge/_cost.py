@@ -15,7 +15,7 @@ from fishjax.merge._blocks import HASHED, Tensor
 from fishjax.merge._output import carried_files
 from fishjax.merge._plan import File, Job, measured_together
 from fishjax.merge._rule import Block, Rule
-from fishjax.merge._select import BINS, SAMPLE, sample_size
+from fishjax.merge._select import BINS, KEPT, sample_size
 from fishjax.merge._statistics import measure
 from fishjax.merge._unpack import Patched, is_patch
 
@@ -48,7 +48,7 @@ def cost(
     input, to merge it; for content ids the output, and for a folder's card the inputs once more.
     """
     made = sum(num_bytes(*job.spec) for job in jobs)
-    read = _checked(jobs) + _measured(jobs, rules, block) + sum(map(_inputs, jobs))
+    read = _checked(jobs, digests) + _measured(jobs, rules, block) + sum(map(_inputs, jobs))
     folder = out is None or Path(out).suffix != ".safetensors"
     more = sum(p.stat().st_size for p in carried_files(Path(carried))) if folder else 0
     if digests:
@@ -68,20 +68,19 @@ def _stored(path: File) -> int:
         return sum(num_bytes(*s) for s in tensors.specs.values())
 
 
-def _checked(jobs: Sequence[Job]) -> int:
+def _checked(jobs: Sequence[Job], digests: bool) -> int:
     """Return the bytes that are read to see that files with checksums, and bases of patches, are right."""
     tensors = {t for job in jobs for _, t in job.inputs()}
     patched = [t for t in tensors if isinstance(t, Patched)]
-    sealed = {t.path for t in tensors if isinstance(t, Tensor) and t.sealed}
+    sealed = {t.path for t in tensors if digests and isinstance(t, Tensor) and t.sealed}
     sizes = [os.stat(path).st_size for path in sealed] + [p.bytes for p in {t.patch for t in patched}]
     return sum(sizes) + sum(num_bytes(*base.spec) for base in {t.base for t in patched})
 
 
 def _measured(jobs: Sequence[Job], rules: Mapping[str, Rule], block: int) -> int:
-    """Return the bytes that are read for sums, in one pass, and for ranks, in a sample and a pass or two.
+    """Return the bytes that are read for sums, in one pass, and for ranks, in a sample and one pass.
 
-    How often ranks are counted depends on the values; it is more often than not once where the
-    sample is as large as samples get, else twice.
+    Values that lie very close to each other cost ranks another pass.
     """
     read = 0
     for group in measured_together(jobs, rules):
@@ -89,7 +88,7 @@ def _measured(jobs: Sequence[Job], rules: Mapping[str, Rule], block: int) -> int
         sizes = [job.models[0].size for job in members]
         pieces = [-(-n // block) for n in sizes]
         ranked = rules[members[0].rule].ranks is not None and sum(pieces) > 1
-        read += sum(map(_inputs, members)) * (2 if ranked and sum(sizes) // 16 < SAMPLE else 1)
+        read += sum(map(_inputs, members))
         if ranked:
             few = sample_size(sum(sizes), sum(pieces))
             for job, n, count in zip(members, sizes, pieces, strict=True):
@@ -156,6 +155,8 @@ def _ranking(jobs: Sequence[Job], rules: Mapping[str, Rule], block: int, threads
             counts = rule.counts(sum(entries), **first.options)
             sample = sample_size(sum(entries), pieces) * pieces
             wide = tree.wide_dtype(first.spec.dtype).itemsize
-            # First a sample's parts, the whole and a sorted copy; then bins, and what they add up to.
-            sizes.append(max(3 * sample * wide * len(counts), 8 * BINS * (sum(map(len, counts)) + 1)))
+            # First a sample's parts, the whole and a sorted copy; then what is kept, or bins of it.
+            searches = sum(map(len, counts))
+            held = KEPT * wide * (searches + 2) if sum(entries) < 64 * KEPT else 8 * BINS * (searches + 1)
+            sizes.append(max(3 * sample * wide * len(counts), held))
     return sum(sorted(sizes)[-threads:])

@@ -1,8 +1,9 @@
 """Exact order statistics of arrays that are seen block by block, in memory of fixed size.
 
-Floats >= 0 are ordered as their bit patterns are. A span of patterns that holds the answer is cut into
-at most 2^18 bins and counted, until a bin is one pattern. A sample makes the first span so narrow that
-one pass is mostly enough; should the answer lie outside, the next pass takes the whole range.
+Floats >= 0 are ordered as their bit patterns are. What lies in a span of patterns that holds the answer
+is kept if it is little; else the span is cut into at most 2^18 bins and counted, until a bin is one
+pattern. A sample makes the first span so narrow that one pass is mostly enough; should the answer lie
+outside, the next pass takes the whole range.
 """
 
 import math
@@ -12,6 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 BINS = 1 << 18
+KEPT = 1 << 18  # entries of a span that are kept as they are
 SAMPLE = 1 << 19  # entries of an array that give a first guess of its order
 
 
@@ -40,8 +42,10 @@ class Ranking:
         self._counted = False  # a guess is not yet an answer
         self._bits, self._float = np.dtype(np.uint32), np.dtype(np.float32)
         self._above: list[int] = []
-        self._bins: list[np.ndarray] = []
-        self._waiting: list[list[np.ndarray]] = []  # bins of entries that are not counted yet
+        self._equal: list[int] = []  # entries of a span that is one pattern
+        self._held: list[int] = []  # entries that are kept
+        self._bins: list[np.ndarray | None] = []  # None while what is inside is kept
+        self._waiting: list[list[np.ndarray]] = []  # entries inside that are in no bin yet
 
     @property
     def done(self) -> bool:
@@ -67,7 +71,7 @@ class Ranking:
         self._begin(searches)
 
     def count(self, arrays: Sequence[np.ndarray]) -> list[tuple[int, np.ndarray | int]]:
-        """Return for each search how many entries lie above its span, and the bin of each inside.
+        """Return for each search how many entries lie above its span, and each inside, less its low end.
 
         Of a span that is one pattern, such as the zeros of a sparse change, their number is enough.
         """
@@ -80,8 +84,7 @@ class Ranking:
                 found.append((above, int(np.count_nonzero(bits == self._bits.type(s.low)))))
                 continue
             inside = bits - self._bits.type(s.low)  # what lies below wraps around to the top
-            inside = inside[inside < self._bits.type(s.high - s.low)] >> self._bits.type(s.shift)
-            found.append((above, inside.astype(np.uint32)))
+            found.append((above, inside[inside < self._bits.type(s.high - s.low)]))
         return found
 
     def add(self, found: Sequence[tuple[int, np.ndarray | int]]) -> None:
@@ -89,22 +92,33 @@ class Ranking:
         for i, (above, inside) in enumerate(found):
             self._above[i] += above
             if isinstance(inside, int):
-                self._bins[i][0] += inside
+                self._equal[i] += inside
                 continue
             self._waiting[i].append(inside)
-            if len(self._waiting[i]) >= 64 or sum(map(len, self._waiting[i])) >= BINS:
+            self._held[i] += inside.size
+            if self._held[i] > KEPT:
                 self._count_waiting(i)
 
     def narrow(self) -> None:
         """Take the bin that holds each answer as its next span."""
         self._counted = True
-        for i in range(len(self._searches)):
-            self._count_waiting(i)
         searches = []
-        for s, above, bins in zip(self._searches, self._above, self._bins, strict=True):
-            if s.high - s.low == 1 and s.k == 0:
-                searches.append(s)
+        for i, (s, above) in enumerate(zip(self._searches, self._above, strict=True)):
+            if s.high - s.low == 1:
+                found = s.k == 0 or above < s.k <= above + self._equal[i]
+                searches.append(s if found else s._replace(low=0, high=self._whole()))
                 continue
+            bins = self._bins[i]
+            if bins is None:
+                inside = np.concatenate([*self._waiting[i], np.zeros(0, self._bits)])
+                if above < s.k <= above + inside.size:
+                    place = inside.size - (s.k - above)
+                    low = s.low + int(np.partition(inside, place)[place])
+                    searches.append(s._replace(low=low, high=low + 1))
+                else:
+                    searches.append(s._replace(low=0, high=self._whole()))
+                continue
+            bins = self._count_waiting(i)
             from_top = above + np.cumsum(bins[::-1])
             if not above < s.k <= from_top[-1]:
                 searches.append(s._replace(low=0, high=self._whole()))
@@ -119,15 +133,21 @@ class Ranking:
         answers = iter(np.array([s.low for s in self._searches], self._bits).view(self._float).tolist())
         return [[next(answers) for _ in ks] for ks in self._counts]
 
-    def _count_waiting(self, i: int) -> None:
-        places = np.concatenate([*self._waiting[i], np.zeros(0, np.uint32)])
-        self._bins[i] += np.bincount(places, minlength=self._bins[i].size)
-        self._waiting[i] = []
+    def _count_waiting(self, i: int) -> np.ndarray:
+        """Put what is kept of a search into bins, and return them."""
+        search, bins = self._searches[i], self._bins[i]
+        if bins is None:
+            bins = self._bins[i] = np.zeros(min(BINS, search.high - search.low), np.int64)
+        places = np.concatenate([*self._waiting[i], np.zeros(0, self._bits)])
+        places >>= self._bits.type(search.shift)
+        bins += np.bincount(places.astype(np.int64), minlength=bins.size)
+        self._waiting[i], self._held[i] = [], 0
+        return bins
 
     def _begin(self, searches: list[_Search]) -> None:
         self._searches = searches
-        self._above = [0] * len(searches)
-        self._bins = [np.zeros(min(BINS, s.high - s.low), np.int64) for s in searches]
+        self._above, self._equal, self._held = ([0] * len(searches) for _ in range(3))
+        self._bins = [None for _ in searches]
         self._waiting = [[] for _ in searches]
 
     def _whole(self) -> int:
