@@ -492,7 +492,6 @@ def test_a_dry_run_tells_what_is_read_written_and_held(tmp_path, monkeypatch):
         "a file": ("average", ["m0", "m1", "m2"], "o2.safetensors", {}),
         "without digests": ("average", ["m0", "m1"], "o3", {"digests": False}),
         "Fishers": ("fisher", ["m0", "m1"], "o4", {"fishers": ["f0", "f1"], "normalize": True}),
-        "Fishers unchecked": ("fisher", ["m0", "m1"], "o8", {"fishers": ["f0", "f1"], "digests": False}),
         "sums": ("dare", ["m1", "m2"], "o5", {"base": "m0", "density": 0.3, "rescale": "l1"}),
         "ranks": ("ties", ["m1", "m2"], "o6", {"base": "m0", "density": 0.3, "scope": "tensor"}),
         "patches": ("average", ["p0", "p1"], "o7", {"base": "m0"}),

@@ -37,11 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="take leaves whole from model I (0 is the first; `none`: merge them); the first match wins",
     )
     parser.add_argument("--dtype", help="of the output, for instance bfloat16; by default as it is")
-    parser.add_argument(
-        "--no-digests",
-        action="store_true",
-        help="compute no content ids, and do not check the checksums of Fisher files (faster)",
-    )
+    parser.add_argument("--no-digests", action="store_true", help="do not compute content ids (faster)")
     parser.add_argument("--dry-run", action="store_true", help="say what it will read, write and hold")
     parser.add_argument(
         "--explain", action="store_true", help="merge nothing; show where models or patches for --base clash"

@@ -48,7 +48,7 @@ def cost(
     input, to merge it; for content ids the output, and for a folder's card the inputs once more.
     """
     made = sum(num_bytes(*job.spec) for job in jobs)
-    read = _checked(jobs, digests) + _measured(jobs, rules, block) + sum(map(_inputs, jobs))
+    read = _checked(jobs) + _measured(jobs, rules, block) + sum(map(_inputs, jobs))
     folder = out is None or Path(out).suffix != ".safetensors"
     more = sum(p.stat().st_size for p in carried_files(Path(carried))) if folder else 0
     if digests:
@@ -68,11 +68,11 @@ def _stored(path: File) -> int:
         return sum(num_bytes(*s) for s in tensors.specs.values())
 
 
-def _checked(jobs: Sequence[Job], digests: bool) -> int:
+def _checked(jobs: Sequence[Job]) -> int:
     """Return the bytes that are read to see that files with checksums, and bases of patches, are right."""
     tensors = {t for job in jobs for _, t in job.inputs()}
     patched = [t for t in tensors if isinstance(t, Patched)]
-    sealed = {t.path for t in tensors if digests and isinstance(t, Tensor) and t.sealed}
+    sealed = {t.path for t in tensors if isinstance(t, Tensor) and t.sealed}
     sizes = [os.stat(path).st_size for path in sealed] + [p.bytes for p in {t.patch for t in patched}]
     return sum(sizes) + sum(num_bytes(*base.spec) for base in {t.base for t in patched})
 

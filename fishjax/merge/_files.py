@@ -57,8 +57,8 @@ def files(
       base: where a method needs one, or an input is a patch.
       keep: ordered `(regex of a leaf's name, i)`: leaves taken whole from input i, see `average`.
       dtype: of the output's floating-point tensors; by default their own.
-      digests: compute content ids, of the result and for a folder's card of the inputs, and the checksums
-        of Fisher files; each costs a pass of SHA-256. Without, the result is "".
+      digests: compute content ids, of the result and for a folder's card of the inputs; each costs a
+        pass of SHA-256. Without, the result is "".
       block: entries read at a time, rounded up to a multiple of 2^16.
       threads: that read, compute and write.
       options: the method's own; Fishers and the like are files too.
@@ -150,7 +150,7 @@ def run_jobs(
     output = None
     try:
         with naming(out):
-            check_inputs([t for job in jobs for _, t in job.inputs()], engine.map, checksums=digests)
+            check_inputs([t for job in jobs for _, t in job.inputs()], engine.map)
             output = Output(
                 out, {j.name: j.spec for j in jobs}, key_of(jobs, block=engine.block, out=str(out))
             )
@@ -192,20 +192,14 @@ def run_jobs(
             output.close()
 
 
-def check_inputs(
-    inputs: Sequence[Readable], run: Callable[..., Iterator[Any]], *, checksums: bool = True
-) -> None:
-    """Read patches, the bases that they are for, and whatever else carries a checksum.
-
-    Args:
-      run: maps over threads.
-      checksums: False leaves out those of Fishers; a patch is always checked.
+def check_inputs(inputs: Sequence[Readable], run: Callable[..., Iterator[Any]]) -> None:
+    """Read whatever carries a checksum, and the bases that patches are for; `run` maps over threads.
 
     Raises:
       FileFormatError: a file is corrupt.
       WrongBaseError: a patch is for another base.
     """
-    sealed = sorted({t.path for t in inputs if checksums and isinstance(t, Tensor) and t.sealed})
+    sealed = sorted({t.path for t in inputs if isinstance(t, Tensor) and t.sealed})
     for file in run(lambda path: open_file(path, sealed=True), sealed):
         file.close()  # its checksum was right
     check_patches([t for t in inputs if isinstance(t, Patched)], run)

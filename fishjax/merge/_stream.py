@@ -21,7 +21,7 @@ from fishjax.merge._select import Ranking, sample_size
 from fishjax.merge._statistics import GRAIN, grain_sums, largest, widen
 from fishjax.merge._trees import check_beside
 
-BLOCK = 1 << 19  # entries; fewer cost more of Python's time than a core's cache saves
+BLOCK = 1 << 18  # entries; a few of them stay in a core's cache
 THREADS = 2
 
 
