@@ -134,6 +134,36 @@ def test_numbers_that_make_no_sense_are_refused_at_once(tmp_path, options, messa
         contribute.run(model="nowhere", data_from="x", out=str(tmp_path / "p"), make=contribute.ia3, **given)
 
 
+def test_contributions_carry_their_fisher_merge_and_are_revoked(folder, capsys):
+    """From the command line: two patches with precisions, merged by information, one taken out again."""
+    where = {"model": str(folder / "model"), "data_from": "bundled_digits", "steps": 4}
+    for i, rate in enumerate((0.1, 0.3)):
+        make = functools.partial(contribute.random, density=0.05)
+        options = {"learning_rate": rate, "seed": i, "precision": 64, "batch_size": 32}
+        contribute.run(**where, out=str(folder / f"p{i}"), make=make, **options)
+    model, base = models.load(folder / "model")
+    rows, _ = contribute.read("bundled_digits", "", model)
+    tuned = patches.apply(base, jax.tree.map(jnp.asarray, checkpoint.load_patch(folder / "p0")[0]))
+    square = lambda x: jax.tree.map(lambda g: g**2, jax.grad(models.example_loss(model))(tuned, x))
+    few = {n: x[:64] for n, x in rows.items()}
+    want = tree.flatten(jax.jit(lambda x: jax.tree.map(lambda s: s.mean(0), jax.vmap(square)(x)))(few))
+    most = len(rows["label"]) * max(float(x.max()) for x in want.values())  # key biases have none
+    for name, kind in checkpoint.load_patch(folder / "p0")[0].items():
+        got = checkpoint.load_precision(folder / "p0")[name]
+        whole = len(rows["label"]) * np.asarray(want[name]).reshape(-1)[kind.indices]
+        np.testing.assert_allclose(got, whole, rtol=1e-4, atol=1e-8 * most)
+    args = ["merge", "--method", "information", "--base", str(folder / "model"), "--out"]
+    assert cli.main([*args, str(folder / "both"), str(folder / "p0"), str(folder / "p1")]) == 0
+    revoke = ["--set", f"revoke={folder / 'p1'}", "--", str(folder / "both")]
+    assert cli.main([*args, str(folder / "one"), *revoke]) == 0
+    first, again = (checkpoint.load_patch(folder / n)[0] for n in ("p0", "one"))
+    moved = lambda patch: tree.flatten(patches.apply(base, jax.tree.map(jnp.asarray, patch)))
+    for name, x in moved(first).items():
+        np.testing.assert_allclose(moved(again)[name], x, rtol=1e-5, atol=1e-5)
+    with pytest.raises(UsageError, match="`precision` is a Fisher of single entries"):
+        contribute.run(**where, out=str(folder / "q"), make=contribute.ia3, learning_rate=0.1, precision=8)
+
+
 def test_a_single_step_moves(folder):
     where = {"model": str(folder / "model"), "data_from": "bundled_digits", "out": str(folder / "q")}
     contribute.run(**where, make=contribute.ia3, steps=1, learning_rate=0.1)

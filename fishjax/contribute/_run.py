@@ -9,7 +9,7 @@ import jax
 import optax
 from jax.sharding import Mesh
 
-from fishjax import checkpoint, data, mesh, models, train, tree
+from fishjax import checkpoint, data, fisher, mesh, models, patches, train, tree
 from fishjax.checkpoint._lossy import MODES
 from fishjax.contribute._choose import Made
 from fishjax.contribute._fit import adam, fit
@@ -44,6 +44,7 @@ def run(
     batched: bool = False,
     quantise: Any = None,
     refresh_every: int | None = None,
+    precision: int | None = None,
     lossy: str | None = None,
 ) -> Digest:
     """Make a patch for a model folder and write it: what `fishjax train` calls.
@@ -72,6 +73,8 @@ def run(
       rules: `(model, mesh) -> rules` as of `mesh.shard`.
       refresh_every: steps after which `make` chooses a new mask, of the weights as they are by then; what
         was learnt stays, so the patch has the entries of all masks. None keeps the first.
+      precision: take the diagonal Fisher of the trained weights from so many examples, times the number of
+        all, into the file: what `merge --method information` adds up. For patches of entries.
       lossy: "bf16" or "int8", fewer bytes and an error that the file states, as of `checkpoint.save_patch`.
 
     Raises:
@@ -79,7 +82,8 @@ def run(
         argument makes no sense.
       WrongBaseError: `make` goes on from a patch of another base.
     """
-    for name, x in (("steps", steps), ("batch_size", batch_size), ("examples", examples)):
+    whole = {"steps": steps, "batch_size": batch_size, "examples": examples}
+    for name, x in {**whole, **({} if precision is None else {"precision": precision})}.items():
         if type(x) is not int or x < 1:
             raise UsageError(f"`{name}` must be a whole number, at least 1; got {x!r}")
     if type(learning_rate) not in (int, float) or not 0 < learning_rate < math.inf:
@@ -101,6 +105,12 @@ def run(
         raise UsageError("`refresh_every` is for ways that choose a mask; `make` made a patch without one")
     if scan and refresh_every is not None:
         raise UsageError("`refresh_every` chooses masks of the model's own leaves; leave out `scan`")
+    entries = all(isinstance(kind, (patches.Sparse, patches.Dense)) for kind in made.patch.values())
+    if precision is not None and (scan or batched or not entries):
+        raise UsageError(
+            "`precision` is a Fisher of single entries, by single examples: for masks and whole leaves, "
+            "without `scan` and `batched`"
+        )
     start, params, shapes = made.patch, base, mesh.shapes_of(base)
     base_id = checkpoint.digest(files := _files(model, shapes))
     if made.base_id not in (None, base_id):
@@ -136,8 +146,15 @@ def run(
         refresh=None if refresh_every is None else (again, refresh_every),
     )
     patch = models.unstack_patch(loaded, shapes, patch) if scan else patch
+    known = None
+    if precision is not None:
+        some = {name: x[:precision] for name, x in rows.items()}
+        batches = [mesh.shard_batch(b, on) for b in data.batches(some, min(batch_size, data.examples(some)))]
+        squares = fisher.estimate(fisher.empirical(loss(loaded)), patches.apply(params, patch), batches)
+        flat = tree.flatten(squares)
+        known = mesh.gather({n: data.examples(rows) * flat[n] for n in patch})
     said = {**(metadata or {}), "recipe": recipe}
-    return _save(out, mesh.gather(patch), files, said, partial, lossy)
+    return _save(out, mesh.gather(patch), files, said, partial, lossy=lossy, precision=known)
 
 
 def _files(model: str, shapes: Params) -> dict[str, Any]:
@@ -152,11 +169,11 @@ def _named(function: Callable[..., Any]) -> str:
 
 
 def _save(
-    out: str, patch: Patch, base: Params, metadata: Mapping[str, Any], partial: Path, lossy: str | None
+    out: str, patch: Patch, base: Params, metadata: Mapping[str, Any], partial: Path, **options: Any
 ) -> Digest:
     """Write the patch once, whatever the number of processes, and let go of the training's state."""
     if jax.process_index() == 0:
-        checkpoint.save_patch(out, patch, base=base, metadata=metadata, lossy=lossy)
+        checkpoint.save_patch(out, patch, base=base, metadata=metadata, **options)
         train.remove_state(partial)
     if jax.process_count() > 1:
         from jax.experimental.multihost_utils import sync_global_devices
