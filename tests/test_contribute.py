@@ -123,6 +123,7 @@ def test_a_training_goes_on_from_its_own_state_alone(tmp_path):
         ({"steps": True}, "`steps`"),
         ({"batch_size": 0}, "`batch_size`"),
         ({"examples": 1.5}, "`examples`"),
+        ({"precision": 0}, "`precision` must be a whole number, at least 1; got 0"),
         ({"learning_rate": -1}, "`learning_rate` must be a number above 0; got -1"),
         ({"learning_rate": "x"}, "`learning_rate`"),
         ({"learning_rate": float("nan")}, "`learning_rate`"),

@@ -155,8 +155,6 @@ def _beside(path: Path, make: Callable[[Path], int]) -> tuple[Path, int]:
 
     What a killed process left there of an earlier write to `path` is removed.
     """
-    if not path.name:
-        raise UsageError(f"`{path}` names nothing that could be written; give the name of a file or folder")
     if not path.parent.is_dir():
         raise FileNotFoundError(errno.ENOENT, "no such folder to write into", str(path.parent))
     temp = path.with_name(f".{path.name[:64]}.{secrets.token_hex(8)}.tmp")

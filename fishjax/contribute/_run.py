@@ -16,7 +16,7 @@ from fishjax.contribute._fit import adam, fit
 from fishjax.contribute._read import read
 from fishjax.contribute._resume import claim, start_id
 from fishjax.errors import UsageError, WrongBaseError
-from fishjax.types import Digest, Params, Patch
+from fishjax.types import Batch, Digest, Params, Patch
 
 
 def run(
@@ -83,7 +83,8 @@ def run(
       WrongBaseError: `make` goes on from a patch of another base.
     """
     whole = {"steps": steps, "batch_size": batch_size, "examples": examples}
-    for name, x in {**whole, **({} if precision is None else {"precision": precision})}.items():
+    whole |= {} if precision is None else {"precision": precision}
+    for name, x in whole.items():
         if type(x) is not int or x < 1:
             raise UsageError(f"`{name}` must be a whole number, at least 1; got {x!r}")
     if type(learning_rate) not in (int, float) or not 0 < learning_rate < math.inf:
@@ -96,8 +97,7 @@ def run(
     loaded, base = models.load(model, shardings=where, quantise=quantise)
     options: dict[str, Any] = {"split": split, "templates": templates, "limit": limit, "shots": shots}
     rows, data_id = read(data_from, model, loaded, **options, seed=seed)
-    some = {name: x[:examples] for name, x in rows.items()}
-    batches = [mesh.shard_batch(b, on) for b in data.batches(some, min(batch_size, data.examples(some)))]
+    batches = _first(rows, examples, batch_size, on)
     made = make(jax.random.key(seed), base, loaded, batches)
     partial = Path(f"{out}.partial")
     again = lambda params: make(jax.random.key(seed), params, loaded, batches).mask
@@ -148,13 +148,18 @@ def run(
     patch = models.unstack_patch(loaded, shapes, patch) if scan else patch
     known = None
     if precision is not None:
-        some = {name: x[:precision] for name, x in rows.items()}
-        batches = [mesh.shard_batch(b, on) for b in data.batches(some, min(batch_size, data.examples(some)))]
-        squares = fisher.estimate(fisher.empirical(loss(loaded)), patches.apply(params, patch), batches)
+        few = _first(rows, precision, batch_size, on)
+        squares = fisher.estimate(fisher.empirical(loss(loaded)), patches.apply(params, patch), few)
         flat = tree.flatten(squares)
         known = mesh.gather({n: data.examples(rows) * flat[n] for n in patch})
     said = {**(metadata or {}), "recipe": recipe}
     return _save(out, mesh.gather(patch), files, said, partial, lossy=lossy, precision=known)
+
+
+def _first(rows: Batch, count: int, batch_size: int, on: Mesh | None) -> list[Batch]:
+    """Return the first rows in batches, laid out on the mesh."""
+    some = {name: x[:count] for name, x in rows.items()}
+    return [mesh.shard_batch(b, on) for b in data.batches(some, min(batch_size, data.examples(some)))]
 
 
 def _files(model: str, shapes: Params) -> dict[str, Any]:

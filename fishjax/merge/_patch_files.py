@@ -136,8 +136,8 @@ def _information(path: File, params: Params) -> Information:
     (patch, metadata), precision = load_patch(path), load_precision(path)
     if lacking := sorted(set(patch) - set(precision)):
         raise UsageError(
-            f"`{path}` carries no precision of `{lacking[0]}`; it is merged by `patches`, or saved anew "
-            "by `save_patch` with `precision=`"
+            f"`{path}` carries no precision of `{lacking[0]}`; it is merged by `patches`; "
+            "`contribute.run` and `checkpoint.save_patch` send one along with `precision=`"
         )
     recipe = metadata.get("recipe")
     if isinstance(recipe, Mapping) and (recipe.get("prior") or recipe.get("floor")):
