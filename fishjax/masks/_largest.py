@@ -19,10 +19,12 @@ import numpy as np
 from fishjax import tree
 from fishjax.errors import UsageError
 
-_CHUNK = 1 << 18  # entries compared at a time: a chunk and its bits stay in the cache
-_SAMPLE = 1 << 17  # entries that give the guess; each may cost a page of a mapped file
+_CHUNK = 1 << 20  # entries compared at a time: with fewer, threads wait more for each other
+_SAMPLE = 1 << 16  # entries that give the guess; each may cost a page of a mapped file
 _ROOM = 1 << 20  # entries that a buffer may hold beyond those wanted
+_FEW = 1 << 17  # entries of a buffer looked at at a time
 _THREADS = 4
+_ALL = np.uint64(0x0101010101010101)  # eight bools that are True
 
 
 class Piece(NamedTuple):
@@ -57,10 +59,10 @@ def largest(pieces: Sequence[Piece], count: int, *, in_order: bool = True) -> Fo
     if not count:
         return Found(np.zeros(0, np.int64), np.zeros(0))
     dtype = functools.reduce(np.promote_types, {_wide(p.entries.dtype) for p in pieces})
-    found = _pass(pieces, count, _guess(pieces, count, size, dtype), dtype, in_order)
-    if found.keys.size < count:
-        found = _pass(pieces, count, None, dtype, in_order)
-    found = _best(found, count)
+    parts = _pass(pieces, count, _guess(pieces, count, size, dtype), dtype, in_order)
+    if sum(p.keys.size for p in parts) < count:
+        parts = _pass(pieces, count, None, dtype, in_order)
+    found = _best(parts, count)
     if not in_order:
         order = np.argsort(found.keys)
         found = Found(found.keys[order], found.values[order])
@@ -83,8 +85,10 @@ def _guess(pieces: Sequence[Piece], count: int, size: int, dtype: np.dtype) -> n
     """Return a value that with near certainty at least `count` entries reach, and few more; None: any."""
     if size <= 2 * _SAMPLE:
         return None
-    # One draw from each of many equal strides: a row of large scores can hide from no stride.
-    places = (np.arange(_SAMPLE) + np.random.default_rng(0).random(_SAMPLE)) * (size / _SAMPLE)
+    # One draw from each of many equal strides, by the golden ratio: no row of large scores can hide.
+    places = np.arange(_SAMPLE, dtype=np.float64)
+    places += places * 0.6180339887498949 % 1.0
+    places *= size / _SAMPLE
     places = np.minimum(places.astype(np.int64), size - 1)
     ends = np.cumsum([p.entries.size for p in pieces])
     cuts = np.searchsorted(places, ends)
@@ -103,17 +107,17 @@ def _guess(pieces: Sequence[Piece], count: int, size: int, dtype: np.dtype) -> n
 
 def _pass(
     pieces: Sequence[Piece], count: int, bound: np.generic | None, dtype: np.dtype, in_order: bool
-) -> Found:
-    """Return at least the `count` largest entries that reach the bound, fewer if fewer do."""
+) -> list[Found]:
+    """Return at least the `count` largest entries that reach the bound, fewer if fewer do; by thread."""
     chunks = [(p, s) for p in pieces for s in range(0, p.entries.size, _CHUNK)]
     threads = max(1, min(_THREADS, os.cpu_count() or 1, len(chunks) // 16))
     cuts = [len(chunks) * i // threads for i in range(threads + 1)]
     shares = [chunks[a:b] for a, b in itertools.pairwise(cuts)]
     work = lambda share: _gather(share, count, bound, dtype, in_order)
     if threads == 1:
-        return work(chunks)
+        return [work(chunks)]
     with ThreadPoolExecutor(threads) as pool:
-        return _join(list(pool.map(work, shares)), dtype)
+        return list(pool.map(work, shares))
 
 
 def _gather(
@@ -125,48 +129,79 @@ def _gather(
 ) -> Found:
     """Pass over chunks, with a buffer of at most 1.5 `count` entries or so."""
     room = count + max(count // 2, _ROOM)
-    bits = np.empty(_CHUNK, bool)
-    kept: list[Found] = []
+    # One buffer from the first entry to the last: memory that is touched anew is what a first call costs.
+    size = min(room + _CHUNK, sum(min(_CHUNK, p.entries.size - s) for p, s in chunks))
+    keys, values = np.empty(size, np.int64), np.empty(size, dtype)
+    short = np.empty(_CHUNK + 8, bool)
     held, beyond = 0, False  # `beyond`: only more than the bound will do
     for piece, start in chunks:
         part = piece.entries[start : start + _CHUNK].astype(dtype, copy=False)
         if bound is None:
             where = np.arange(part.size)
         else:  # what is not less, so that NaN is kept, and seen
-            short = (np.less_equal if beyond else np.less)(part, bound, out=bits[: part.size])
-            where = np.flatnonzero(np.logical_not(short, out=short))
-        if not where.size:
-            continue
-        values = part[where]
-        _check(piece.name, values)
-        kept.append(Found(piece.key(where + start), values))
-        held += where.size
+            (np.less_equal if beyond else np.less)(part, bound, out=short[: part.size])
+            short[part.size : part.size + 8] = True
+            where = _unset(short[: -(-part.size // 8) * 8])
+        new = slice(held, held + where.size)
+        part.take(where, out=values[new], mode="clip")
+        _check(piece.name, values[new])
+        where += start
+        keys[new] = piece.key(where)
+        held = new.stop
         if held > room:
-            best = _best(_join(kept, dtype), count)
-            bound, beyond = best.values.min(), in_order  # whoever comes later loses every tie
-            kept, held = [best], count
-    return _join(kept, dtype)
+            best = _best([Found(keys[:held], values[:held])], count)
+            keys[:count], values[:count] = best
+            bound, beyond, held = best.values.min(), in_order, count  # whoever comes later loses every tie
+    return Found(keys[:held], values[:held])
 
 
-def _best(found: Found, count: int) -> Found:
+def _unset(flags: np.ndarray) -> np.ndarray:
+    """Return where bools `[n]`, n a multiple of 8, are False.
+
+    Nearly all are True, so eight are looked at at a time, and of the rest again, where n allows.
+    """
+    words = flags.view(np.uint64)
+    some = words != _ALL
+    if some.size % 8:
+        rows = some.nonzero()[0]
+    else:
+        groups = some.view(np.uint64).nonzero()[0]
+        rows = _spread(groups, some.view(np.uint64).take(groups).view(bool))
+    return _spread(rows, ~words.take(rows).view(bool))
+
+
+def _spread(rows: np.ndarray, flags: np.ndarray) -> np.ndarray:
+    """Return the places of flags `[8 n]` that are set, of which eight lie in each of n rows."""
+    hits = flags.nonzero()[0]
+    places = rows.take(hits >> 3)
+    places <<= 3
+    hits &= 7
+    places += hits
+    return places
+
+
+def _best(parts: Sequence[Found], count: int) -> Found:
     """Return the `count` largest, ties by the lowest keys, in the order in which they came."""
-    surplus = found.values.size - count
+    every = np.concatenate([p.values for p in parts])
+    surplus = every.size - count
     if surplus <= 0:
-        return found
-    threshold = np.partition(found.values, surplus)[surplus]
-    keep = found.values > threshold
-    tied = np.flatnonzero(found.values == threshold)
-    wanted = count - int(np.count_nonzero(keep))
-    if wanted < tied.size:
-        tied = tied[np.argpartition(found.keys[tied], wanted - 1)[:wanted]]
-    keep[tied] = True
-    return Found(found.keys[keep], found.values[keep])
-
-
-def _join(parts: Sequence[Found], dtype: np.dtype) -> Found:
-    if not parts:
-        return Found(np.zeros(0, np.int64), np.zeros(0, dtype))
-    return Found(np.concatenate([p.keys for p in parts]), np.concatenate([p.values for p in parts]))
+        return Found(np.concatenate([p.keys for p in parts]), every)
+    every.partition(surplus)
+    threshold, last = every[surplus], None
+    few = [Found(*(x[s : s + _FEW] for x in p)) for p in parts for s in range(0, p.keys.size, _FEW)]
+    if spare := np.count_nonzero(every[:surplus] == threshold):
+        tied = np.concatenate([p.keys[p.values == threshold] for p in few])
+        last = np.partition(tied, -spare - 1)[-spare - 1]  # the key of the last tie that is kept
+    found, end = Found(np.empty(count, np.int64), every[:count]), 0
+    for part in few:
+        keep = part.values >= threshold
+        if last is not None:
+            keep &= (part.values > threshold) | (part.keys <= last)
+        where = keep.nonzero()[0]
+        for x, out in zip(part, found, strict=True):
+            x.take(where, out=out[end : end + where.size], mode="clip")
+        end += where.size
+    return found
 
 
 def _check(name: str, values: np.ndarray) -> None:

@@ -98,13 +98,16 @@ def indices(
     arrays = leaves if sharded else {n: np.asarray(x) for n, x in leaves.items()}
     best = global_largest if sharded else _largest
     found = [_choose(arrays, group, minimum, scope, best) for group in budget.groups]
-    keys = np.concatenate([np.zeros(0, np.int64), *found])
+    keys = found[0] if len(found) == 1 else np.concatenate([np.zeros(0, np.int64), *found])
     if len(found) > 1 or minimum:
         keys.sort()
     ends = list(itertools.accumulate(x.size for x in leaves.values()))
     cuts = np.searchsorted(keys, ends)
-    parts = zip(leaves, [0, *ends], [0, *cuts], cuts)
-    chosen = {name: keys[a:b] - start for name, start, a, b in parts if a < b}
+    chosen = {}
+    for name, start, a, b in zip(leaves, [0, *ends], [0, *cuts], cuts):
+        if a < b:
+            chosen[name] = keys[a:b]
+            chosen[name] -= start  # in place: `keys` are nobody else's
     return {
         n: np.arange(x.size) if n in budget.whole else chosen[n]
         for n, x in leaves.items()
