@@ -93,6 +93,15 @@ def test_float32_against_the_formula_in_float64(method):
 
 
 @pytest.mark.parametrize("method", merge.METHODS)
+def test_what_is_merged_is_not_written_over(method):
+    trees, same = _trees(np.float32), _trees(np.float32)
+    merged = _call(method, trees)
+    jax.tree.map(np.testing.assert_array_equal, trees, same)
+    for x in jax.tree.leaves(merged):
+        assert not any(np.shares_memory(x, y) for y in jax.tree.leaves(trees))
+
+
+@pytest.mark.parametrize("method", merge.METHODS)
 def test_jit_eager_and_numpy_agree(method):
     plain = _trees(np.float32)
     terms = _terms(method, plain)

@@ -44,11 +44,11 @@ def _check(n: int, *, weights: Any, normalize: bool) -> Options:
 
 
 def _leaf(block: Block, *, weights: Sequence[Any], normalize: bool) -> Array:
-    total = add_up([times(w, x) for w, x in zip(weights, block.models, strict=True)])
+    terms = [times(w, x) for w, x in zip(weights, block.models, strict=True)]
     if not normalize:
-        return total
+        return add_up(terms)
     mass = add_up(weights)
-    return total / (mass if isinstance(mass, float) else mass.astype(total.dtype))
+    return add_up(terms) / (mass if isinstance(mass, float) else mass.astype(terms[0].dtype))
 
 
 AVERAGE = Rule(_leaf, _check)

@@ -86,7 +86,7 @@ def _measured(jobs: Sequence[Job], rules: Mapping[str, Rule], block: int) -> int
     for group in measured_together(jobs, rules):
         members = [jobs[j] for j in group]
         sizes = [job.models[0].size for job in members]
-        pieces = [-(-n // block) for n in sizes]
+        pieces = [-(-n // job.entries(block)) for job, n in zip(members, sizes, strict=True)]
         ranked = rules[members[0].rule].ranks is not None and sum(pieces) > 1
         read += sum(map(_inputs, members))
         if ranked:
@@ -101,7 +101,7 @@ def _held(jobs: Sequence[Job], rules: Mapping[str, Rule], digests: bool, block: 
     buffers = working = hashing = 0
     seen: dict[Any, float] = {}
     for job in jobs:
-        entries = min(block, job.models[0].size)
+        entries = min(job.entries(block), job.models[0].size)
         wide = tree.wide_dtype(np.result_type(*[t.spec.dtype for t in job.models])).itemsize
         sizes = [t.spec.dtype.itemsize for _, t in job.inputs()]
         beside = wide if any(isinstance(t, Patched) for t in job.models) else 0
@@ -150,7 +150,10 @@ def _ranking(jobs: Sequence[Job], rules: Mapping[str, Rule], block: int, threads
     sizes = []
     for group in measured_together(jobs, rules):
         first, entries = jobs[group[0]], [jobs[j].models[0].size for j in group]
-        rule, pieces = rules[first.rule], sum(-(-n // block) for n in entries)
+        rule, pieces = (
+            rules[first.rule],
+            sum(-(-jobs[j].models[0].size // jobs[j].entries(block)) for j in group),
+        )
         if rule.counts is not None and pieces > 1:
             counts = rule.counts(sum(entries), **first.options)
             sample = sample_size(sum(entries), pieces) * pieces

@@ -71,8 +71,7 @@ def _leaf(block: Block, *, weights: Sequence[Any], floor: float, normalize: bool
     # A running weighted mean: the same formula, but its ratios are in [0, 1], so products of tiny or
     # huge Fishers leave no range, and where one model alone knows an entry its value comes out exactly.
     xp = block.models[0].__array_namespace__()
-    # numpy takes the larger of two arrays faster than of an array and a scalar.
-    least = xp.full_like(block.models[0], floor)
+    least = block.models[0].dtype.type(floor)
     if normalize:
         weights = [_per_norm(w, s, i) for i, (w, s) in enumerate(zip(weights, block.measured, strict=True))]
     masses = [
@@ -86,7 +85,13 @@ def _leaf(block: Block, *, weights: Sequence[Any], floor: float, normalize: bool
     for x, more in zip(block.models[1:], masses[1:], strict=True):
         total = mass + more
         if sure:
-            mean = mean * (mass / total) + x * (more / total)
+            # The masses are our own here: numpy writes over them, which keeps the cache small.
+            mass /= total
+            mass *= mean
+            more /= total
+            more *= x
+            mass += more
+            mean = mass
         else:
             unknown = (total <= 0).astype(total.dtype)  # one where nobody knows anything: `mean` stays
             safe = total + unknown

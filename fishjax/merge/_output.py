@@ -60,10 +60,14 @@ class Output:
         """Write entries of a tensor, from entry `start` on."""
         tensor = self.tensors[name]
         view = memoryview(values.view(np.uint8))
-        offset = tensor.start + start * tensor.spec.dtype.itemsize
+        begin = offset = tensor.start + start * tensor.spec.dtype.itemsize
         while view:
             count = os.pwrite(tensor.fd, view, offset)
             view, offset = view[count:], offset + count
+        if hasattr(os, "posix_fadvise"):
+            # The disk begins now, while others are computed, and not when the journal or the end waits for
+            # it. Pages that are still to be written stay in memory.
+            os.posix_fadvise(tensor.fd, begin, offset - begin, os.POSIX_FADV_DONTNEED)
 
     def done(self, pieces: int, *, now: bool = False, **state: Any) -> None:
         """Note that so many pieces are written; every few seconds, once the disk has them, for good."""

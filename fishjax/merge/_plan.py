@@ -43,6 +43,10 @@ class Job(NamedTuple):
         for word, tensors in self.beside.items():
             yield from (((word, i), t) for i, t in enumerate(tensors))
 
+    def entries(self, block: int) -> int:
+        """Return how many entries a block has: as many bytes as `block` of four bytes each, or more."""
+        return block * max(1, 4 // self.models[0].spec.dtype.itemsize)
+
     def wants_sums(self, rule: Rule) -> bool:
         """Say whether anything must be added up over the tensor beforehand."""
         return wants_sums(rule, len(self.models), {w: len(ts) for w, ts in self.beside.items()}, self.options)

@@ -188,15 +188,18 @@ def times(weight: Any, x: Array) -> Array:
 
 
 def only(x: Array, kept: Array) -> Array:
-    """Return x where a bool array holds and zero elsewhere; in numpy ten times as fast as `where`."""
-    return x * kept.astype(x.dtype)
+    """Return x where a bool array holds and zero elsewhere, faster than `where`; numpy writes over x."""
+    x *= kept.astype(x.dtype)
+    return x
 
 
 def add_up(terms: Sequence[Any]) -> Any:
     """Add terms one after the other: the order is part of the result."""
-    total = terms[0]
-    for term in terms[1:]:
-        total = total + term
+    if len(terms) == 1:
+        return terms[0]
+    total = terms[0] + terms[1]
+    for term in terms[2:]:
+        total += term
     return total
 
 

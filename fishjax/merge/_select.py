@@ -79,12 +79,13 @@ class Ranking:
         patterns = [np.ascontiguousarray(x).view(self._bits) for x in arrays]
         for s in self._searches:
             bits = patterns[s.array]
-            above = int(np.count_nonzero(bits >= self._bits.type(s.high)))
+            beyond = bits >= self._bits.type(s.high)
+            above = int(np.count_nonzero(beyond))
             if s.high - s.low == 1:
                 found.append((above, int(np.count_nonzero(bits == self._bits.type(s.low)))))
                 continue
-            inside = bits - self._bits.type(s.low)  # what lies below wraps around to the top
-            found.append((above, inside[inside < self._bits.type(s.high - s.low)]))
+            inside = (bits >= self._bits.type(s.low)) ^ beyond
+            found.append((above, bits.take(inside.nonzero()[0]) - self._bits.type(s.low)))
         return found
 
     def add(self, found: Sequence[tuple[int, np.ndarray | int]]) -> None:

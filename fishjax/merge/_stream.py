@@ -21,7 +21,7 @@ from fishjax.merge._select import Ranking, sample_size
 from fishjax.merge._statistics import GRAIN, grain_sums, largest, widen
 from fishjax.merge._trees import check_beside
 
-BLOCK = 1 << 18  # entries; a few of them stay in a core's cache
+BLOCK = 1 << 18  # entries of four bytes: few enough for the cache, and enough that threads seldom meet
 THREADS = 2
 
 
@@ -53,11 +53,11 @@ class Engine:
 
     def pieces(self, jobs: Iterable[int] | None = None) -> list[Piece]:
         """Return the blocks of all jobs, or of some, in order."""
-        return [
-            Piece(j, start, min(start + self.block, self.jobs[j].models[0].size))
-            for j in (range(len(self.jobs)) if jobs is None else jobs)
-            for start in range(0, self.jobs[j].models[0].size, self.block)
-        ]
+        found = []
+        for j in range(len(self.jobs)) if jobs is None else jobs:
+            size, step = self.jobs[j].models[0].size, self.jobs[j].entries(self.block)
+            found += [Piece(j, start, min(start + step, size)) for start in range(0, size, step)]
+        return found
 
     def map(self, fn: Callable[[Any], Any], pieces: Sequence[Any]) -> Iterator[Any]:
         """Yield `fn` of every item, in order, computed by the threads; few results wait at a time."""

@@ -77,7 +77,8 @@ def check_sum(n: int, weights: Any, scale: Any, *, elect: bool, normalize: bool)
 def combined(changes: Sequence[Array], weights: Sequence[Any], *, elect: bool, normalize: bool) -> Array:
     """Return the weighted sum of changes; with `elect` of those only whose sign is that of the sum.
 
-    What is elected is divided by the weights of those who agree if `normalize` is set.
+    What is elected is divided by the weights of those who agree if `normalize` is set. The changes are
+    written over, where they are numpy's.
     """
     weighted = [times(w, d) for w, d in zip(weights, changes, strict=True)]
     if not elect:
@@ -88,7 +89,9 @@ def combined(changes: Sequence[Array], weights: Sequence[Any], *, elect: bool, n
     if not normalize:
         return total
     mass = add_up([times(w, a.astype(total.dtype)) for a, w in zip(agree, weights, strict=True)])
-    return total / (mass + (mass <= 0).astype(mass.dtype))
+    mass += (mass <= 0).astype(mass.dtype)
+    total /= mass
+    return total
 
 
 def _check(n: int, *, weights: Any, scale: float, normalize: bool) -> Options:
