@@ -18,6 +18,7 @@ from pathlib import Path
 from fishjax.errors import UsageError
 
 _TEMPORARY = re.compile(r"\.(.*)\.[0-9a-f]{16}\.tmp", re.DOTALL)
+_LARGE = 1 << 18  # bytes from which the disk is told to begin with a write
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -135,10 +136,21 @@ def refuse_existing(path: str | os.PathLike) -> None:
 
 
 def write_all(fd: int, data: bytes | memoryview) -> None:
-    """Write all of `data`, however little the system takes at a time."""
+    """Write all of `data` at a file's position, however little the system takes at a time."""
     view = memoryview(data)
+    size = view.nbytes
     while view:
         view = view[os.write(fd, view) :]
+    if size >= _LARGE:
+        stop = os.lseek(fd, 0, os.SEEK_CUR)
+        begin_writing(fd, stop - size, stop)
+
+
+def begin_writing(fd: int, start: int, stop: int) -> None:
+    """Let the disk begin with bytes of a file now, so that little is left to wait for at the end."""
+    if hasattr(os, "posix_fadvise"):
+        with contextlib.suppress(OSError):  # it is an advice; pages that are not written yet stay in memory
+            os.posix_fadvise(fd, start, stop - start, os.POSIX_FADV_DONTNEED)
 
 
 def sync(path: str | os.PathLike) -> None:

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from fishjax.checkpoint._atomic import atomic_file, refuse_existing, sync, write_all
+from fishjax.checkpoint._atomic import atomic_file, begin_writing, refuse_existing, sync, write_all
 from fishjax.checkpoint._config import CONFIG, rewrite
 from fishjax.checkpoint._dtypes import Spec, dtype_name, num_bytes
 from fishjax.checkpoint._links import inside
@@ -64,10 +64,7 @@ class Output:
         while view:
             count = os.pwrite(tensor.fd, view, offset)
             view, offset = view[count:], offset + count
-        if hasattr(os, "posix_fadvise"):
-            # The disk begins now, while others are computed, and not when the journal or the end waits for
-            # it. Pages that are still to be written stay in memory.
-            os.posix_fadvise(tensor.fd, begin, offset - begin, os.POSIX_FADV_DONTNEED)
+        begin_writing(tensor.fd, begin, offset)
 
     def done(self, pieces: int, *, now: bool = False, **state: Any) -> None:
         """Note that so many pieces are written; every few seconds, once the disk has them, for good."""
