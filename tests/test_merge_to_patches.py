@@ -89,6 +89,21 @@ def test_what_is_revoked_was_never_merged(prior, of):
     assert checkpoint.load_patch("one")[0]["c"].indices.tolist() == SPARSE[0]["c"].indices.tolist()
 
 
+def test_a_recipe_of_patches(folder, capsys):
+    (folder / "sub").mkdir()
+    for name in ("p1", "p2", "l0", "l1"):
+        (folder / name).rename(folder / "sub" / name)  # paths in a recipe are sought from its folder too
+    recipe = folder / "sub" / "recipe.yaml"
+    recipe.write_text("{method: information, base: base, models: [p0, p1, p2], revoke: p1, prior: 0.5}")
+    assert cli.main(["merge", str(recipe), "out"]) == 0
+    _same("out", merge.resolve(BASE, _known(0, 2), prior=0.5), rtol=1e-4)
+    assert cli.main(["merge", str(recipe), "--dry-run"]) == 2
+    assert "writes a patch file" in capsys.readouterr().err
+    recipe.write_text("{method: patches, base: base, models: [l0, l1], weights: [1, 2], rank: 2}")
+    assert cli.main(["merge", str(recipe), "other"]) == 0
+    _same("other", merge.patches(BASE, LOW_RANK, weights=[1, 2], rank=2), rtol=1e-6)
+
+
 def test_revoked_from_bfloat16(folder):
     base = jax.tree.map(lambda x: x.astype(jnp.bfloat16), BASE)
     checkpoint.save_params("base", base)

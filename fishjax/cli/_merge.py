@@ -76,7 +76,10 @@ def run(args: argparse.Namespace) -> None:
     options = _options(args)
     if args.method in merge.PATCH_METHODS:
         if args.dry_run or args.out is None:
-            raise UsageError(f"`{args.method}` writes a patch file; give --out, and no --dry-run")
+            raise UsageError(
+                f"`{args.method}` writes a patch file, of a size that only merging tells; give --out, and no "
+                "--dry-run"
+            )
         digest = merge.merge_patches(args.method, args.paths, args.out, **options)
         _report({"out": args.out, "digest": digest}, args.json)
         return

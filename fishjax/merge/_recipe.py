@@ -8,6 +8,7 @@ Our own form has the words of `files`:
     weights: [1, 2]
     keep: [["^lm_head", 0]]
 
+With the methods `patches` and `information` the models are patches, and so is what comes out.
 What has `merge_method` is mergekit's, and is run as mergekit would.
 """
 
@@ -25,6 +26,7 @@ from fishjax.merge._cost import Cost, cost
 from fishjax.merge._files import RESERVED, estimate, files, rules, run_jobs
 from fishjax.merge._mergekit import mergekit_plan
 from fishjax.merge._output import refuse_output
+from fishjax.merge._patch_files import PATCH_METHODS, merge_patches
 from fishjax.merge._plan import File
 from fishjax.merge._stream import BLOCK, THREADS
 from fishjax.types import Digest
@@ -44,8 +46,8 @@ def run_recipe(recipe: File, out: File, *, digests: bool = True) -> Digest:
     Args:
       recipe: a YAML file, in our form (`method`) or mergekit's (`merge_method`). Paths in it are sought
         from the working directory, then from the recipe's folder.
-      out: a new folder, or a new .safetensors file.
-      digests: compute content ids.
+      out: a new folder, or a new .safetensors file; of patches, a new patch file.
+      digests: compute content ids; a patch file has its own in any case.
 
     Returns:
       The content id of the merged model.
@@ -56,6 +58,8 @@ def run_recipe(recipe: File, out: File, *, digests: bool = True) -> Digest:
     read, folder = load_recipe(recipe), Path(recipe).parent
     if "merge_method" not in read:
         method, models, options = _own(read, folder)
+        if method in PATCH_METHODS:
+            return merge_patches(method, models, out, **options)
         return files(method, models, out, digests=digests, **options)
     with ExitStack() as stack:
         plan = mergekit_plan(stack, read, lambda path: locate(path, folder), find_dtype)
@@ -71,6 +75,8 @@ def estimate_recipe(recipe: File, out: File | None = None, *, digests: bool = Tr
     read, folder = load_recipe(recipe), Path(recipe).parent
     if "merge_method" not in read:
         method, models, options = _own(read, folder)
+        if method in PATCH_METHODS:
+            raise UsageError(f"`{method}` writes a patch file, of a size that only merging tells")
         return estimate(method, models, out=out, digests=digests, **options)
     with ExitStack() as stack:
         plan = mergekit_plan(stack, read, lambda path: locate(path, folder), find_dtype)
@@ -139,7 +145,7 @@ def _own(read: Mapping[str, Any], folder: Path) -> tuple[str, list[Path], dict[s
     models = read.get("models")
     if not isinstance(models, list) or not models:
         raise UsageError("a recipe's `models` must be a list of paths")
-    for word in ("fishers", "base_fisher"):
+    for word in ("fishers", "base_fisher", "revoke"):
         value = options.get(word)
         if not isinstance(value, str | list | None):
             raise UsageError(f"a recipe's `{word}` must be a path or a list of paths; got {value!r}")
