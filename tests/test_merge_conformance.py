@@ -9,6 +9,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from fishjax import merge, tree
+from fishjax.merge import _trees as _merging
 from tests import merge_formulas
 
 OPTIONS = {
@@ -92,13 +93,17 @@ def test_float32_against_the_formula_in_float64(method):
     _within(_call(method, trees), {n: parts.sum(0) for n, parts in terms.items()}, terms)
 
 
+@pytest.mark.parametrize("weights", [None, [1.0, 1.0], [2.0, 0.5]])
 @pytest.mark.parametrize("method", merge.METHODS)
-def test_what_is_merged_is_not_written_over(method):
-    trees, same = _trees(np.float32), _trees(np.float32)
-    merged = _call(method, trees)
-    jax.tree.map(np.testing.assert_array_equal, trees, same)
-    for x in jax.tree.leaves(merged):
-        assert not any(np.shares_memory(x, y) for y in jax.tree.leaves(trees))
+def test_a_block_is_not_written_to(method, weights, monkeypatch):
+    trees = _trees(np.float32)
+    takes = "weights" in inspect.signature(getattr(merge, method)).parameters and method != "wise_ft"
+    options = {"weights": weights} if weights and takes else {}
+    want = _call(method, trees, **options)
+    for x in jax.tree.leaves(trees):
+        x.setflags(write=False)
+    monkeypatch.setattr(_merging, "widen", lambda block, dtype: block)  # else rules see copies
+    jax.tree.map(np.testing.assert_array_equal, _call(method, trees, **options), want)
 
 
 @pytest.mark.parametrize("method", merge.METHODS)

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from fishjax import checkpoint, errors, merge
-from fishjax.merge import _output
+from fishjax.merge import _output, _plan
 from fishjax.merge._statistics import GRAIN
 from tests import merge_world
 from tests.merge_world import write_big as _write_big
@@ -50,6 +50,28 @@ def test_what_is_done_is_not_done_again(tmp_path, monkeypatch):
     before = len(written)
     assert run() == want
     assert len(written) - before == 64 - done[1]  # 4 tensors of 16 pieces
+
+
+def test_what_was_cut_otherwise_does_not_resume(tmp_path, monkeypatch):
+    paths = [tmp_path / "a.safetensors", tmp_path / "b.safetensors"]
+    for i, path in enumerate(paths):
+        _write_big(path, i, 4 << 20)
+    want = merge.files("average", paths, tmp_path / "want.safetensors")
+    run = lambda: merge.files("average", paths, tmp_path / "out.safetensors", block=GRAIN, threads=1)
+    with monkeypatch.context() as other:
+        other.setattr(_output, "SECONDS", 0.0)
+        other.setattr(_plan.Job, "entries", lambda self, block: block // 2)
+        real = _output.Output.done
+
+        def done(self, pieces, **state):
+            real(self, pieces, **state)
+            if pieces == 20:
+                raise KeyboardInterrupt
+
+        other.setattr(_output.Output, "done", done)
+        with pytest.raises(KeyboardInterrupt):
+            run()
+    assert run() == want
 
 
 def test_another_recipe_does_not_resume(world, tmp_path):

@@ -90,6 +90,12 @@ def test_ties(scope, weights, density):
     _check(merged, want)
 
 
+def test_ties_keeps_complex_changes_by_magnitude():
+    changed = np.complex64([3 - 4j, 1 + 9j, -9j, 1e-3j])
+    merged = merge.ties([{"w": changed}], base={"w": np.zeros(4, np.complex64)}, density=0.5)["w"]
+    np.testing.assert_array_equal(merged, np.where(abs(changed) > 5, changed, 0))
+
+
 def test_ties_of_a_single_entry_and_of_equal_models():
     assert merge.ties([{"w": np.float32([2])}] * 2, base={"w": np.float32([1])}, density=0.1)["w"] == 2
     merged = merge.ties([MODELS[0]] * 3, base=BASE, density=1.0)

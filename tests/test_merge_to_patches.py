@@ -157,4 +157,4 @@ def test_other_bad_arguments(folder, capsys):
         assert "is an input" in capsys.readouterr().err
     assert _merge("patches", "none", "l0") == 2 and "exists" in capsys.readouterr().err
     assert cli.main(["merge", "--methods"]) == 0
-    assert "information base=required revoke=()" in capsys.readouterr().out
+    assert "information base=required revoke=None" in capsys.readouterr().out

@@ -142,13 +142,14 @@ def write_all(fd: int, data: bytes | memoryview) -> None:
     while view:
         view = view[os.write(fd, view) :]
     if size >= _LARGE:
-        stop = os.lseek(fd, 0, os.SEEK_CUR)
-        begin_writing(fd, stop - size, stop)
+        with contextlib.suppress(OSError):  # where there are no positions
+            stop = os.lseek(fd, 0, os.SEEK_CUR)
+            begin_writing(fd, stop - size, stop)
 
 
 def begin_writing(fd: int, start: int, stop: int) -> None:
-    """Let the disk begin with bytes of a file now, so that little is left to wait for at the end."""
-    if hasattr(os, "posix_fadvise"):
+    """Let the disk begin with bytes of a file now, if they are many, so that its end waits for little."""
+    if stop - start >= _LARGE and hasattr(os, "posix_fadvise"):
         with contextlib.suppress(OSError):  # it is an advice; pages that are not written yet stay in memory
             os.posix_fadvise(fd, start, stop - start, os.POSIX_FADV_DONTNEED)
 

@@ -137,7 +137,8 @@ def _working(job: Job, rule: Rule, wide: int) -> float:
     before = tracemalloc.get_traced_memory()[0]
     tracemalloc.reset_peak()
     with np.errstate(all="ignore"):
-        (measured,) = measure(rule, {job.name: given}, dict(job.options)).values()
+        wanted = rule.ranks is not None or job.wants_sums(rule)
+        measured = measure(rule, {job.name: given}, dict(job.options))[job.name] if wanted else ()
         rule.leaf(given._replace(measured=measured), **job.options)
     peak = tracemalloc.get_traced_memory()[1] - before
     if not traced:

@@ -59,8 +59,8 @@ def files(
       dtype: of the output's floating-point tensors; by default their own.
       digests: compute content ids, of the result and for a folder's card of the inputs; each costs a
         pass of SHA-256. Without, the result is "".
-      block: entries of four bytes read at a time, rounded up to a multiple of 2^16; of two bytes twice
-        as many.
+      block: entries read at a time, rounded up to a multiple of 2^16; twice as many of less than four
+        bytes each.
       threads: that read, compute and write.
       options: the method's own; Fishers and the like are files too.
 

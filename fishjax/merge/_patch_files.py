@@ -57,7 +57,7 @@ def information_files(
     out: File,
     *,
     base: File,
-    revoke: File | Sequence[File] = (),
+    revoke: File | Sequence[File] | None = None,
     prior: float = 0.0,
     floor: float = 0.0,
 ) -> Digest:
@@ -81,7 +81,7 @@ def information_files(
         exists; a negative prior or floor.
       WrongBaseError: a patch is for another base.
     """
-    taken = [revoke] if isinstance(revoke, (str, os.PathLike)) else revoke
+    taken = [revoke] if isinstance(revoke, (str, os.PathLike)) else [] if revoke is None else revoke
     if not isinstance(taken, (list, tuple)) or not all(isinstance(p, (str, os.PathLike)) for p in taken):
         raise UsageError(f"`revoke` must be a patch file, or a list of them; got {revoke!r}")
     prior, floor = number("prior", prior, 0), number("floor", floor, 0)

@@ -44,8 +44,8 @@ class Job(NamedTuple):
             yield from (((word, i), t) for i, t in enumerate(tensors))
 
     def entries(self, block: int) -> int:
-        """Return how many entries a block has: as many bytes as `block` of four bytes each, or more."""
-        return block * max(1, 4 // self.models[0].spec.dtype.itemsize)
+        """Return how many entries are read at a time: `block`, or twice as many of few bytes."""
+        return block * (1 if self.models[0].spec.dtype.itemsize >= 4 else 2)
 
     def wants_sums(self, rule: Rule) -> bool:
         """Say whether anything must be added up over the tensor beforehand."""
@@ -169,13 +169,14 @@ def plan(
     return jobs
 
 
-def key_of(jobs: Sequence[Job], **more: Any) -> str:
-    """Return a digest of everything that the output depends on; inputs count by inode, size and time."""
+def key_of(jobs: Sequence[Job], block: int, **more: Any) -> str:
+    """Return a digest of what the output depends on, and its blocks; inputs count by inode, size and time."""
     text = [
         [
             j.name,
             str(j.spec),
             j.rule,
+            j.entries(block),
             repr(dict(j.options)),
             [[str(slot), t.identity()] for slot, t in j.inputs()],
         ]

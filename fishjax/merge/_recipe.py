@@ -76,7 +76,7 @@ def estimate_recipe(recipe: File, out: File | None = None, *, digests: bool = Tr
     if "merge_method" not in read:
         method, models, options = _own(read, folder)
         if method in PATCH_METHODS:
-            raise UsageError(f"`{method}` writes a patch file, of a size that only merging tells")
+            raise UsageError(f"`{method}` writes a patch file, of a size that only merging tells; merge it")
         return estimate(method, models, out=out, digests=digests, **options)
     with ExitStack() as stack:
         plan = mergekit_plan(stack, read, lambda path: locate(path, folder), find_dtype)

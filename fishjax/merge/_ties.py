@@ -87,9 +87,7 @@ def _counts(n: int, *, density: Sequence[float], **_: Any) -> list[list[int]]:
 def _leaf(
     block: Block, *, weights: Sequence[Any], scale: Any, elect: bool, normalize: bool, **_: Any
 ) -> Array:
-    kept = [
-        only(d, (d >= cut) | (d <= -cut)) for d, (cut,) in zip(deltas(block), block.measured, strict=True)
-    ]
+    kept = [only(d, abs(d) >= cut) for d, (cut,) in zip(deltas(block), block.measured, strict=True)]
     return block.base + times(scale, combined(kept, weights, elect=elect, normalize=normalize))
 
 
