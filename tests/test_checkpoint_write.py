@@ -1,4 +1,4 @@
-"""Writes that fail or are killed half way: what was there stays, and nothing is left behind."""
+"""Writes that fail or are killed half way lose nothing and leave nothing; large ones begin at once."""
 
 import errno
 import os
@@ -6,11 +6,12 @@ import signal
 import subprocess
 import sys
 import textwrap
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 
-from fishjax import checkpoint
+from fishjax import checkpoint, merge
 from fishjax.checkpoint import _atomic
 from fishjax.errors import FileFormatError, UsageError
 
@@ -228,3 +229,30 @@ def test_two_writers_leave_each_other_alone(tmp_path, kind):
             assert len(list(tmp_path.glob(".out.*.tmp"))) == 2
         assert len(list(tmp_path.glob(".out.*.tmp"))) == 1
     assert sorted(os.listdir(tmp_path)) == [".out.tmp", ".out2.0123456789abcdef.tmp", "out"]
+
+
+@pytest.mark.parametrize("write", ["save", "merge"])
+def test_the_disk_is_told_to_begin_with_what_is_large(tmp_path, monkeypatch, write):
+    params = {"large": np.ones(1 << 18, np.float32), "small": np.ones(100, np.float32)}
+    checkpoint.save_params(tmp_path / "in.safetensors", params)
+    told: list[tuple[int, int]] = []
+    advise = lambda fd, start, count, advice: told.append((start, start + count))
+    monkeypatch.setattr(os, "posix_fadvise", advise, raising=False)
+    monkeypatch.setattr(os, "POSIX_FADV_DONTNEED", 4, raising=False)
+    out = tmp_path / "out.safetensors"
+    if write == "save":
+        checkpoint.save_params(out, params)
+    else:
+        merge.files("average", [tmp_path / "in.safetensors"] * 2, out, digests=False)
+    begin = out.stat().st_size - (1 << 20) - 400  # the smaller tensor comes last
+    assert told[0][0] == begin and told[-1][1] == begin + (1 << 20)
+    assert sum(stop - start for start, stop in told) == 1 << 20
+
+
+def test_a_pipe_takes_much_too():
+    out, into = os.pipe()
+    with ThreadPoolExecutor(1) as pool, open(out, "rb") as reader:
+        whole = pool.submit(reader.read)
+        with open(into, "wb", buffering=0) as writer:
+            _atomic.write_all(writer.fileno(), b"x" * (1 << 19))
+        assert whole.result() == b"x" * (1 << 19)

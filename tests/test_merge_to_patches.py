@@ -99,6 +99,9 @@ def test_a_recipe_of_patches(folder, capsys):
     _same("out", merge.resolve(BASE, _known(0, 2), prior=0.5), rtol=1e-4)
     assert cli.main(["merge", str(recipe), "--dry-run"]) == 2
     assert "writes a patch file" in capsys.readouterr().err
+    recipe.write_text("{method: information, base: base, models: [p0, p2], revoke: null, prior: 0.5}")
+    assert cli.main(["merge", str(recipe), "same"]) == 0
+    _same("same", merge.resolve(BASE, _known(0, 2), prior=0.5))
     recipe.write_text("{method: patches, base: base, models: [l0, l1], weights: [1, 2], rank: 2}")
     assert cli.main(["merge", str(recipe), "other"]) == 0
     _same("other", merge.patches(BASE, LOW_RANK, weights=[1, 2], rank=2), rtol=1e-6)

@@ -151,10 +151,8 @@ def _ranking(jobs: Sequence[Job], rules: Mapping[str, Rule], block: int, threads
     sizes = []
     for group in measured_together(jobs, rules):
         first, entries = jobs[group[0]], [jobs[j].models[0].size for j in group]
-        rule, pieces = (
-            rules[first.rule],
-            sum(-(-jobs[j].models[0].size // jobs[j].entries(block)) for j in group),
-        )
+        rule = rules[first.rule]
+        pieces = sum(-(-n // jobs[j].entries(block)) for j, n in zip(group, entries, strict=True))
         if rule.counts is not None and pieces > 1:
             counts = rule.counts(sum(entries), **first.options)
             sample = sample_size(sum(entries), pieces) * pieces
