@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from typing import Any
 
-from fishjax.merge._rule import Block, Options, Rule, deltas, numbers, only, times
-from fishjax.merge._task import check_sum, combined
+from fishjax.merge._rule import Block, Options, Rule, deltas, magnitude, numbers, only, reaches
+from fishjax.merge._task import check_sum, combined, moved
 from fishjax.merge._ties import check_density
 from fishjax.merge._trees import Keep, merge_trees
 from fishjax.types import Array, Params
@@ -63,7 +63,7 @@ def _check(
 
 
 def _magnitudes(block: Block, **_: Any) -> list[Array]:
-    return [abs(d) for d in deltas(block)]
+    return [magnitude(d) for d in deltas(block)]
 
 
 def _counts(n: int, *, density: Sequence[float], gamma: Sequence[float], **_: Any) -> list[list[int]]:
@@ -78,11 +78,11 @@ def _counts(n: int, *, density: Sequence[float], gamma: Sequence[float], **_: An
 def _leaf(
     block: Block, *, weights: Sequence[Any], scale: Any, elect: bool, normalize: bool, **_: Any
 ) -> Array:
-    kept = [
-        only(d, (abs(d) <= top) & (abs(d) >= bottom))
+    kept = (
+        only(d, (abs(d) <= top) & reaches(d, bottom))
         for d, (top, bottom) in zip(deltas(block), block.measured, strict=True)
-    ]
-    return block.base + times(scale, combined(kept, weights, elect=elect, normalize=normalize))
+    )
+    return moved(block, scale, combined(kept, weights, elect=elect, normalize=normalize))
 
 
 BREADCRUMBS = Rule(_leaf, _check, needs_base=True, ranks=_magnitudes, counts=_counts)

@@ -12,11 +12,12 @@ from fishjax.merge._rule import (
     Rule,
     choice,
     deltas,
+    magnitude,
     only,
-    times,
+    scaled,
     whole_number,
 )
-from fishjax.merge._task import check_sum, combined
+from fishjax.merge._task import check_sum, combined, moved
 from fishjax.merge._ties import check_density
 from fishjax.merge._trees import Keep, merge_trees
 from fishjax.types import Array, Params
@@ -122,7 +123,7 @@ def _magnitudes(
 ) -> list[Array]:
     if rescale != "l1":
         return []
-    return [abs(d) for d in [*deltas(block), *_kept(block, density, seed)]]
+    return [magnitude(d) for d in [*deltas(block), *_kept(block, density, seed)]]
 
 
 def _leaf(
@@ -138,18 +139,18 @@ def _leaf(
 ) -> Array:
     kept = _kept(block, density, seed)
     if rescale == "paper":
-        kept = [times(1 / p, d) for p, d in zip(density, kept, strict=True)]
+        kept = [scaled(d, 1 / p) for p, d in zip(density, kept, strict=True)]
     elif rescale == "l1":
         n = len(kept)
         kept = [_restored(d, block.measured[i], block.measured[n + i]) for i, d in enumerate(kept)]
-    return block.base + times(scale, combined(kept, weights, elect=elect, normalize=normalize))
+    return moved(block, scale, combined(kept, weights, elect=elect, normalize=normalize))
 
 
 def _restored(kept: Array, before: Any, after: Any) -> Array:
     if isinstance(after, float):
-        return times(before / after if after else 1.0, kept)
+        return scaled(kept, before / after if after else 1.0)
     xp = kept.__array_namespace__()
-    return times(xp.where(after > 0, before / xp.where(after > 0, after, 1), 1), kept)
+    return scaled(kept, xp.where(after > 0, before / xp.where(after > 0, after, 1), 1))
 
 
 DARE = Rule(_leaf, _check, needs_base=True, sums=_magnitudes, random=True)

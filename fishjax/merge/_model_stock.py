@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from fishjax.errors import UsageError
-from fishjax.merge._rule import Block, Options, Rule, add_up, choice, deltas, times
+from fishjax.merge._rule import Block, Options, Rule, add_up, choice, deltas
+from fishjax.merge._task import moved
 from fishjax.merge._trees import Keep, merge_trees
 from fishjax.types import Array, Params
 
@@ -46,7 +47,7 @@ def _check(n: int, *, compat: str | None) -> Options:
 
 
 def _products(block: Block, **_: Any) -> list[Array]:
-    changes = deltas(block)
+    changes = list(deltas(block))
     pairs = [a * b for a, b in itertools.combinations(changes, 2)]
     return [*(d * d for d in changes), *pairs]
 
@@ -54,8 +55,8 @@ def _products(block: Block, **_: Any) -> list[Array]:
 def _leaf(block: Block, *, least: float) -> Array:
     n = len(block.models)
     t = _ratio(n, block.measured[:n], block.measured[n:], least)
-    mean = add_up(deltas(block)) / n
-    return block.base + times(t, mean)
+    mean = add_up(list(deltas(block)), over=True) / n
+    return moved(block, t, mean)
 
 
 def _ratio(n: int, squares: Sequence[Any], products: Sequence[Any], least: float) -> Any:

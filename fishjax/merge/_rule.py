@@ -10,7 +10,7 @@ engine adds or ranks them over a leaf or, where `scope` is "global", over all le
 import math
 import operator
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import ml_dtypes
@@ -187,22 +187,48 @@ def times(weight: Any, x: Array) -> Array:
     return x * weight.astype(x.dtype)
 
 
+def scaled(x: Array, weight: Any) -> Array:
+    """Return weight * x as `times` does; numpy writes over x."""
+    if isinstance(weight, float) and weight != 1.0:
+        x *= x.dtype.type(weight)
+        return x
+    return times(weight, x)
+
+
 def only(x: Array, kept: Array) -> Array:
     """Return x where a bool array holds and zero elsewhere, faster than `where`; numpy writes over x."""
-    x *= kept.astype(x.dtype)
-    return x
+    if isinstance(x, np.ndarray):
+        x *= kept  # what is cast stays in the cache
+        return x
+    return x * kept.astype(x.dtype)
 
 
-def add_up(terms: Sequence[Any]) -> Any:
-    """Add terms one after the other: the order is part of the result."""
-    if len(terms) == 1:
-        return terms[0]
-    total = terms[0] + terms[1]
-    for term in terms[2:]:
-        total += term
+def magnitude(x: Array) -> Array:
+    """Return |x|; numpy writes over x."""
+    if isinstance(x, np.ndarray) and x.dtype.kind == "f":
+        return np.abs(x, out=x)
+    return abs(x)
+
+
+def reaches(x: Array, bound: Any) -> Array:
+    """Say where |x| >= bound, of real numbers without an array of magnitudes."""
+    if x.dtype.kind == "c":
+        return abs(x) >= bound
+    return (x >= bound) | (x <= -bound)
+
+
+def add_up(terms: Sequence[Any], *, over: bool = False) -> Any:
+    """Add terms one after the other: the order is part of the result; with `over` numpy writes over the
+    first."""
+    total = terms[0]
+    for term in terms[1:]:
+        if over and isinstance(term, np.ndarray):
+            total += term
+        else:
+            total, over = total + term, True
     return total
 
 
-def deltas(block: Block) -> list[Array]:
-    """Return what each model changed: theta_i - theta_0, the task vectors."""
-    return [x - block.base for x in block.models]
+def deltas(block: Block) -> Iterator[Array]:
+    """Yield what each model changed: theta_i - theta_0, the task vectors."""
+    return (x - block.base for x in block.models)

@@ -1,10 +1,24 @@
 """Task arithmetic: what models changed is added to, or taken from, a base; and the path between two."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
+import numpy as np
+
 from fishjax.errors import UsageError
-from fishjax.merge._rule import Block, Options, Rule, add_up, check_weights, deltas, flag, number, only, times
+from fishjax.merge._rule import (
+    Block,
+    Options,
+    Rule,
+    add_up,
+    check_weights,
+    deltas,
+    flag,
+    number,
+    only,
+    scaled,
+    times,
+)
 from fishjax.merge._trees import Keep, merge_trees
 from fishjax.types import Array, Params
 
@@ -74,24 +88,36 @@ def check_sum(n: int, weights: Any, scale: Any, *, elect: bool, normalize: bool)
     return {"weights": weights, "scale": number("scale", scale), "elect": elect, "normalize": normalize}
 
 
-def combined(changes: Sequence[Array], weights: Sequence[Any], *, elect: bool, normalize: bool) -> Array:
+def combined(changes: Iterable[Array], weights: Sequence[Any], *, elect: bool, normalize: bool) -> Array:
     """Return the weighted sum of changes; with `elect` of those only whose sign is that of the sum.
 
     What is elected is divided by the weights of those who agree if `normalize` is set. The changes are
     written over, where they are numpy's.
     """
-    weighted = [times(w, d) for w, d in zip(weights, changes, strict=True)]
+    weighted = [scaled(d, w) for w, d in zip(weights, changes, strict=True)]
     if not elect:
-        return add_up(weighted)
+        return add_up(weighted, over=True)
     positive = add_up(weighted) >= 0
     agree = [((d > 0) == positive) & (d != 0) for d in weighted]
-    total = add_up([only(d, a) for d, a in zip(weighted, agree, strict=True)])
-    if not normalize:
-        return total
-    mass = add_up([times(w, a.astype(total.dtype)) for a, w in zip(agree, weights, strict=True)])
-    mass += (mass <= 0).astype(mass.dtype)
-    total /= mass
+    total = add_up([only(d, a) for d, a in zip(weighted, agree, strict=True)], over=True)
+    if normalize:
+        total /= _mass(agree, weights, total.dtype)
     return total
+
+
+def _mass(agree: Sequence[Array], weights: Sequence[Any], dtype: Any) -> Array:
+    """Return the weights of those who agree, one where nobody does; weights of one are counted in bytes."""
+    if len(agree) < 256 and all(isinstance(w, float) and w == 1 for w in weights):
+        mass = add_up([a.astype(np.uint8) for a in agree], over=True)
+    else:
+        mass = add_up([scaled(a.astype(dtype), w) for a, w in zip(agree, weights, strict=True)], over=True)
+    mass += (mass <= 0).astype(mass.dtype)
+    return mass.astype(dtype, copy=False)
+
+
+def moved(block: Block, scale: Any, change: Array) -> Array:
+    """Return the base plus a scaled change, which numpy writes over."""
+    return add_up([scaled(change, scale), block.base], over=True)
 
 
 def _check(n: int, *, weights: Any, scale: float, normalize: bool) -> Options:
@@ -99,9 +125,7 @@ def _check(n: int, *, weights: Any, scale: float, normalize: bool) -> Options:
 
 
 def _leaf(block: Block, *, weights: Sequence[Any], scale: Any, **_: Any) -> Array:
-    return block.base + times(
-        scale, add_up([times(w, d) for w, d in zip(weights, deltas(block), strict=True)])
-    )
+    return moved(block, scale, combined(deltas(block), weights, elect=False, normalize=False))
 
 
 def _check_path(n: int, *, alpha: float) -> Options:

@@ -9,12 +9,13 @@ from fishjax.merge._rule import (
     Rule,
     choice,
     deltas,
+    magnitude,
     number,
     numbers,
     only,
-    times,
+    reaches,
 )
-from fishjax.merge._task import check_sum, combined
+from fishjax.merge._task import check_sum, combined, moved
 from fishjax.merge._trees import Keep, merge_trees
 from fishjax.types import Array, Params
 
@@ -77,7 +78,7 @@ def check_density(density: Any, n: int) -> list[float]:
 
 
 def _magnitudes(block: Block, **_: Any) -> list[Array]:
-    return [abs(d) for d in deltas(block)]
+    return [magnitude(d) for d in deltas(block)]
 
 
 def _counts(n: int, *, density: Sequence[float], **_: Any) -> list[list[int]]:
@@ -87,8 +88,9 @@ def _counts(n: int, *, density: Sequence[float], **_: Any) -> list[list[int]]:
 def _leaf(
     block: Block, *, weights: Sequence[Any], scale: Any, elect: bool, normalize: bool, **_: Any
 ) -> Array:
-    kept = [only(d, abs(d) >= cut) for d, (cut,) in zip(deltas(block), block.measured, strict=True)]
-    return block.base + times(scale, combined(kept, weights, elect=elect, normalize=normalize))
+    # One change after the other, while it is in the cache.
+    kept = (only(d, reaches(d, cut)) for d, (cut,) in zip(deltas(block), block.measured, strict=True))
+    return moved(block, scale, combined(kept, weights, elect=elect, normalize=normalize))
 
 
 TIES = Rule(_leaf, _check, needs_base=True, ranks=_magnitudes, counts=_counts)
