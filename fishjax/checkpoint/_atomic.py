@@ -19,6 +19,7 @@ from fishjax.errors import UsageError
 
 _TEMPORARY = re.compile(r"\.(.*)\.[0-9a-f]{16}\.tmp", re.DOTALL)
 _LARGE = 1 << 18  # bytes from which the disk is told to begin with a write
+_STEP = 1 << 20  # bytes written at a time: for more Linux takes memory in pieces that it finds slowly
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -140,11 +141,20 @@ def write_all(fd: int, data: bytes | memoryview) -> None:
     view = memoryview(data)
     size = view.nbytes
     while view:
-        view = view[os.write(fd, view) :]
+        view = view[os.write(fd, view[:_STEP]) :]
     if size >= _LARGE:
         with contextlib.suppress(OSError):  # where there are no positions
             stop = os.lseek(fd, 0, os.SEEK_CUR)
             begin_writing(fd, stop - size, stop)
+
+
+def write_at(fd: int, data: memoryview, offset: int) -> None:
+    """Write all bytes of `data` at a place in a file."""
+    start = offset
+    while data:
+        count = os.pwrite(fd, data[:_STEP], offset)
+        data, offset = data[count:], offset + count
+    begin_writing(fd, start, offset)
 
 
 def begin_writing(fd: int, start: int, stop: int) -> None:

@@ -60,7 +60,7 @@ def files(
       digests: compute content ids, of the result and for a folder's card of the inputs; each costs a
         pass of SHA-256. Without, the result is "".
       block: entries read at a time, rounded up to a multiple of 2^16; twice as many of less than four
-        bytes each.
+        bytes each, fewer where more than four files are read side by side.
       threads: that read, compute and write.
       options: the method's own; Fishers and the like are files too.
 

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from fishjax.checkpoint._atomic import atomic_file, begin_writing, refuse_existing, sync, write_all
+from fishjax.checkpoint._atomic import atomic_file, refuse_existing, sync, write_all, write_at
 from fishjax.checkpoint._config import CONFIG, rewrite
 from fishjax.checkpoint._dtypes import Spec, dtype_name, num_bytes
 from fishjax.checkpoint._links import inside
@@ -59,12 +59,8 @@ class Output:
     def write(self, name: str, start: int, values: np.ndarray) -> None:
         """Write entries of a tensor, from entry `start` on."""
         tensor = self.tensors[name]
-        view = memoryview(values.view(np.uint8))
-        begin = offset = tensor.start + start * tensor.spec.dtype.itemsize
-        while view:
-            count = os.pwrite(tensor.fd, view, offset)
-            view, offset = view[count:], offset + count
-        begin_writing(tensor.fd, begin, offset)
+        offset = tensor.start + start * tensor.spec.dtype.itemsize
+        write_at(tensor.fd, memoryview(values.view(np.uint8)), offset)
 
     def done(self, pieces: int, *, now: bool = False, **state: Any) -> None:
         """Note that so many pieces are written; every few seconds, once the disk has them, for good."""

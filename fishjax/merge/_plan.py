@@ -18,6 +18,7 @@ from fishjax.checkpoint._manifest import is_sealed, read_manifest
 from fishjax.errors import FileFormatError, StructureError, UsageError
 from fishjax.merge._blocks import Readable, Tensor
 from fishjax.merge._rule import Options, Rule, is_inexact, wants_sums
+from fishjax.merge._statistics import GRAIN
 from fishjax.merge._trees import Keep, check_models, kept_leaves
 from fishjax.merge._unpack import is_patch, open_patch
 
@@ -44,8 +45,11 @@ class Job(NamedTuple):
             yield from (((word, i), t) for i, t in enumerate(tensors))
 
     def entries(self, block: int) -> int:
-        """Return how many entries are read at a time: `block`, or twice as many of few bytes."""
-        return block * (1 if self.models[0].spec.dtype.itemsize >= 4 else 2)
+        """Return how many entries are read at a time: `block`, twice as many of few bytes each, and of more
+        than four inputs so many fewer that all of them take no more memory."""
+        few = block if self.models[0].spec.dtype.itemsize >= 4 else 2 * block
+        shares = -(-sum(1 for _ in self.inputs()) // 4)
+        return max(1, few // shares // GRAIN) * GRAIN
 
     def wants_sums(self, rule: Rule) -> bool:
         """Say whether anything must be added up over the tensor beforehand."""
