@@ -106,10 +106,30 @@ def test_streaming_is_a_full_sort(small_chunks, density, kind):
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float64", "int8", "uint32", "int64"])
 def test_any_real_dtype_is_ranked_by_value(small_chunks, dtype):
-    drawn = np.random.default_rng(0).integers(0 if dtype[0] == "u" else -100, 100, 500)
+    drawn = np.random.default_rng(0).integers(0 if dtype[0] == "u" else -100, 100, 3000)
     x = drawn.astype(jnp.dtype(dtype))
     kept = masks.indices({"w": x}, density=0.1)["w"]
-    np.testing.assert_array_equal(kept, np.sort(np.argsort(-drawn, kind="stable")[:50]))
+    np.testing.assert_array_equal(kept, np.sort(np.argsort(-drawn, kind="stable")[:300]))
+
+
+@pytest.mark.parametrize("every", [1, 32, 10_000])
+@pytest.mark.parametrize("guess", [-np.inf, -1.0, 1.2, 1.3, 3.0, np.inf])
+def test_neither_guess_decides_what_is_kept(small_chunks, monkeypatch, guess, every):
+    leaves = {"a": np.random.default_rng(5).normal(size=3000).round(2).astype(np.float32)}
+    monkeypatch.setattr(_largest, "_guess", lambda *_: np.float32(guess))
+    monkeypatch.setattr(_largest, "_EVERY", every)
+    kept = masks.indices(leaves, density=0.1)
+    np.testing.assert_array_equal(concat(masks.from_indices(leaves, kept)), by_sort(leaves, 300))
+
+
+def test_rows_of_large_scores_do_not_mislead_the_guess():
+    rng = np.random.default_rng(6)
+    rows = np.exp(3 * rng.normal(size=(1 << 13, 1))) * rng.normal(size=(1 << 13, 1 << 8)) ** 2
+    pieces = [_largest.Piece("w", rows.astype(np.float32).reshape(-1), lambda at: at)]
+    for count in (2_000, 10_000, 400_000):
+        bound = _largest._guess(pieces, count, rows.size, np.dtype(np.float32))
+        reached = np.count_nonzero(pieces[0].entries >= bound)
+        assert count <= reached < 1.5 * count + 60_000
 
 
 def test_nan_is_refused_wherever_it_hides(small_chunks):

@@ -19,10 +19,12 @@ import numpy as np
 from fishjax import tree
 from fishjax.errors import UsageError
 
-_CHUNK = 1 << 19  # entries compared at a time: few enough for the cache, and enough that threads seldom meet
-_SAMPLE = 1 << 16  # entries that give the guess; each may cost a page of a mapped file
+_CHUNK = 1 << 21  # entries compared at a time: so many that threads seldom wait for each other
+_SAMPLE = 1 << 15  # places, at most, whose entries give the guess; each may cost a page of a mapped file
+_BESIDE = 16  # entries of a place: as many as the processor fetches at once
 _ROOM = 1 << 20  # entries that a buffer may hold beyond those wanted
 _FEW = 1 << 17  # entries of a buffer looked at at a time
+_EVERY = 32  # one of so many entries of a buffer guides the search for its cut
 _THREADS = 4
 _ALL, _NONE = np.uint64(0x0101010101010101), np.uint64(0)  # eight bools that are True, and False
 
@@ -65,7 +67,7 @@ def largest(pieces: Sequence[Piece], count: int, *, in_order: bool = True) -> Fo
     found = _best(parts, count)
     if not in_order:
         order = np.argsort(found.keys)
-        found = Found(found.keys[order], found.values[order])
+        found = Found(*(x[order] for x in found))
     return found
 
 
@@ -83,26 +85,36 @@ def refuse_nan(pieces: Sequence[Piece]) -> None:
 
 def _guess(pieces: Sequence[Piece], count: int, size: int, dtype: np.dtype) -> np.generic | None:
     """Return a value that with near certainty at least `count` entries reach, and few more; None: any."""
-    if size <= 2 * _SAMPLE:
+    places = min(_SAMPLE, max(size >> 14, 1 << 11))
+    if size < 4 * places * _BESIDE:
         return None
     # One draw from each of many equal strides, by the golden ratio: no row of large scores can hide.
-    places = np.arange(_SAMPLE, dtype=np.float64)
-    places += places * 0.6180339887498949 % 1.0
-    places *= size / _SAMPLE
-    places = np.minimum(places.astype(np.int64), size - 1)
+    starts = np.arange(places, dtype=np.float64)
+    starts += starts * 0.6180339887498949 % 1.0
+    starts *= size / places
     ends = np.cumsum([p.entries.size for p in pieces])
-    cuts = np.searchsorted(places, ends)
-    sample = np.concatenate(
-        [
-            p.entries[places[a:b] - (end - p.entries.size)].astype(dtype)
-            for p, end, a, b in zip(pieces, ends, [0, *cuts[:-1]], cuts)
-        ]
-    )
-    rank = count / size * _SAMPLE
-    below = math.ceil(rank + 4 * math.sqrt(rank * (1 - count / size)) + 4)
-    if below >= _SAMPLE:
-        return None
-    return np.partition(sample, _SAMPLE - below)[_SAMPLE - below]
+    draw = lambda part: _draw(pieces, ends, part, dtype)
+    threads = min(_THREADS, os.cpu_count() or 1)
+    with ThreadPoolExecutor(threads) as pool:  # a place in a mapped file may cost a visit to the system
+        shares = np.array_split(np.minimum(starts.astype(np.int64), size - 1), threads)
+        sample = np.concatenate(list(pool.map(draw, shares)))
+    rank = math.ceil(count / size * sample.size)
+    ordered = np.sort(sample, axis=None)[::-1]
+    # Neighbours are alike, so that the error is that of a sample of places, not of entries.
+    spread = (sample >= ordered[min(rank, sample.size - 1)]).sum(axis=1).std()
+    below = rank + math.ceil(4 * (spread * math.sqrt(places) + _BESIDE))
+    return ordered[below] if below < sample.size else None
+
+
+def _draw(pieces: Sequence[Piece], ends: np.ndarray, places: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    """Return the entries beside places `[n]`, ascending, among all entries in order, `[n, _BESIDE]`."""
+    cuts, beside, drawn = np.searchsorted(places, ends), np.arange(_BESIDE), []
+    for p, end, a, b in zip(pieces, ends, [0, *cuts[:-1]], cuts):
+        if a < b:
+            at = places[a:b] - (end - p.entries.size)
+            at -= at % _BESIDE
+            drawn.append(p.entries.take(at[:, None] + beside, mode="clip").astype(dtype))
+    return np.concatenate(drawn) if drawn else np.zeros((0, _BESIDE), dtype)
 
 
 def _pass(
@@ -149,9 +161,8 @@ def _gather(
         keys[new] = piece.key(where)
         held = new.stop
         if held > room:
-            best = _best([Found(keys[:held], values[:held])], count)
-            keys[:count], values[:count] = best
-            bound, beyond, held = best.values.min(), in_order, count  # whoever comes later loses every tie
+            _best([Found(keys[:held], values[:held])], count)
+            bound, beyond, held = values[:count].min(), in_order, count  # whoever is later loses every tie
     return Found(keys[:held], values[:held])
 
 
@@ -181,27 +192,48 @@ def _spread(rows: np.ndarray, flags: np.ndarray) -> np.ndarray:
 
 
 def _best(parts: Sequence[Found], count: int) -> Found:
-    """Return the `count` largest, ties by the lowest keys, in the order in which they came."""
-    every = np.concatenate([p.values for p in parts])
-    surplus = every.size - count
+    """Return the `count` largest, ties by the lowest keys, in the order in which they came.
+
+    They are written over the first part, where the buffers that it lies in have room: memory that was
+    touched before costs nothing.
+    """
+    surplus = sum(p.keys.size for p in parts) - count
     if surplus <= 0:
-        return Found(np.concatenate([p.keys for p in parts]), every)
-    every.partition(surplus)
-    threshold, last = every[surplus], None
+        return Found(*(np.concatenate(xs) for xs in zip(*parts, strict=True)))
     few = [Found(*(x[s : s + _FEW] for x in p)) for p in parts for s in range(0, p.keys.size, _FEW)]
-    if spare := np.count_nonzero(every[:surplus] == threshold):
+    threshold, last = _smallest([p.values for p in few], surplus), None
+    if spare := surplus - sum(np.count_nonzero(p.values < threshold) for p in few):
         tied = np.concatenate([p.keys[p.values == threshold] for p in few])
         last = np.partition(tied, -spare - 1)[-spare - 1]  # the key of the last tie that is kept
-    found, end = Found(np.empty(count, np.int64), every[:count]), 0
+    found, end = Found(*(_room(x, count) for x in parts[0])), 0
     for part in few:
         keep = part.values >= threshold
         if last is not None:
             keep &= (part.values > threshold) | (part.keys <= last)
         where = keep.nonzero()[0]
         for x, out in zip(part, found, strict=True):
-            x.take(where, out=out[end : end + where.size], mode="clip")
+            out[end : end + where.size] = x.take(where)
         end += where.size
     return found
+
+
+def _smallest(parts: Sequence[np.ndarray], rank: int) -> np.generic:
+    """Return the value of a rank, counted from 0, the smallest, among all entries of several arrays."""
+    size = sum(x.size for x in parts)
+    sample = np.sort(np.concatenate([x[::_EVERY] for x in parts]))
+    place, slack = rank / size * sample.size, 4 * math.sqrt(sample.size)
+    low, high = (sample[int(min(max(at, 0), sample.size - 1))] for at in (place - slack, place + slack))
+    below = sum(np.count_nonzero(x < low) for x in parts)
+    inside = np.concatenate([x[(x >= low) & (x <= high)] for x in parts])
+    if not below <= rank < below + inside.size:
+        below, inside = 0, np.concatenate(parts)
+    return np.partition(inside, rank - below)[rank - below]
+
+
+def _room(part: np.ndarray, count: int) -> np.ndarray:
+    """Return `count` entries of the buffer that an array is the beginning of, or new ones."""
+    buffer = part.base
+    return buffer[:count] if buffer is not None and buffer.size >= count else np.empty(count, part.dtype)
 
 
 def _check(name: str, values: np.ndarray) -> None:
