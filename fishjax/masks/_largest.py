@@ -68,6 +68,8 @@ def largest(pieces: Sequence[Piece], count: int, *, in_order: bool = True) -> Fo
     if not in_order:
         order = np.argsort(found.keys)
         found = Found(*(x[order] for x in found))
+    elif found.keys.base is not None and found.keys.base.size > 2 * count:
+        found = Found(*(x.copy() for x in found))  # what was passed over is not kept alive
     return found
 
 
@@ -113,7 +115,8 @@ def _draw(pieces: Sequence[Piece], ends: np.ndarray, places: np.ndarray, dtype: 
         if a < b:
             at = places[a:b] - (end - p.entries.size)
             at -= at % _BESIDE
-            drawn.append(p.entries.take(at[:, None] + beside, mode="clip").astype(dtype))
+            at = np.minimum(at[:, None] + beside, p.entries.size - 1)
+            drawn.append(p.entries[at].astype(dtype))  # `take` would copy a leaf that is not aligned
     return np.concatenate(drawn) if drawn else np.zeros((0, _BESIDE), dtype)
 
 
