@@ -68,7 +68,7 @@ def largest(pieces: Sequence[Piece], count: int, *, in_order: bool = True) -> Fo
     if not in_order:
         order = np.argsort(found.keys)
         found = Found(*(x[order] for x in found))
-    elif found.keys.base is not None and found.keys.base.size > 2 * count:
+    elif found.keys.base is not None and found.keys.base.size > 8 * count:
         found = Found(*(x.copy() for x in found))  # what was passed over is not kept alive
     return found
 
