@@ -96,6 +96,12 @@ def test_ties_keeps_complex_changes_by_magnitude():
     np.testing.assert_array_equal(merged, np.where(abs(changed) > 5, changed, 0))
 
 
+@pytest.mark.parametrize("n", [255, 256, 300])
+def test_ties_counts_more_models_than_a_byte(n):
+    model, base = {"w": np.float32([3, -1, 0])}, {"w": np.float32([1, 1, 0])}
+    np.testing.assert_array_equal(merge.ties([model] * n, base=base, density=1.0)["w"], model["w"])
+
+
 def test_ties_of_a_single_entry_and_of_equal_models():
     assert merge.ties([{"w": np.float32([2])}] * 2, base={"w": np.float32([1])}, density=0.1)["w"] == 2
     merged = merge.ties([MODELS[0]] * 3, base=BASE, density=1.0)

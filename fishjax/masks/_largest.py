@@ -164,7 +164,7 @@ def _gather(
         keys[new] = piece.key(where)
         held = new.stop
         if held > room:
-            _best([Found(keys[:held], values[:held])], count)
+            _best([Found(keys[:held], values[:held])], count)  # written over keys and values
             bound, beyond, held = values[:count].min(), in_order, count  # whoever is later loses every tie
     return Found(keys[:held], values[:held])
 

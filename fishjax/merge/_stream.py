@@ -21,7 +21,7 @@ from fishjax.merge._select import Ranking, sample_size
 from fishjax.merge._statistics import GRAIN, grain_sums, largest, widen
 from fishjax.merge._trees import check_beside
 
-BLOCK = 1 << 19  # entries: few enough for the cache, and enough that two threads seldom meet
+BLOCK = 1 << 19  # entries: so many that two threads seldom wait for each other; memory grows with them
 THREADS = 2
 
 
